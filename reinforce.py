@@ -1,0 +1,645 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.13", "gymnasium[classic-control,mujoco]>=1.4", "tyro>=1.0", "wandb", "numpy", "tqdm"]
+# ///
+"""REINFORCE, the Monte-Carlo policy gradient: play whole episodes, then make the actions that paid more likely.
+
+Takes one step along this gradient for each batch of N episodes (Williams 1992; E is the mean over the episodes):
+
+    grad J(theta) = E[ sum_t (G_t - b_t) grad log pi(a_t|s_t) ]
+    G_t           = r_t + gamma G_{t+1}                                the reward-to-go of the episode
+    b_t           = 0                                                  with --baseline none
+                  = the mean G of the other episodes                   with --baseline mean
+                  = V(s_t), which learns to predict G_t                with --baseline value
+
+No baseline depends on the action that it judges, so each leaves the mean of the estimate as it is and takes noise away.
+With gamma = 1 that mean is exactly the gradient of the expected return. With gamma < 1 the factor gamma^t of the
+discounted return's gradient is left out, as in all common implementations: late steps count as much as early ones.
+
+G_t needs the end of the episode. Where a time limit cut it off (truncated, not terminated), V of the last state stands
+for the rest with --baseline value; the other two take the rest as 0: the time limit is then a part of the task.
+
+Williams 1992, "Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning", Machine
+Learning 8. The mean of the others as baseline: Kool et al. 2019, "Buy 4 REINFORCE Samples, Get a Baseline for Free!".
+
+    python reinforce.py                                              # CartPole-v1
+    python reinforce.py --baseline none                              # the noise that a baseline takes away
+    python reinforce.py --resume runs/FOLDER --capture-video         # film a finished run
+
+The diff to a2c.py is the critic: there V completes the return after a few steps, here the episode is played to its end.
+"""
+
+import importlib.util
+import json
+import math
+import os
+import random
+import re
+import signal
+import sys
+import threading
+import time
+from contextlib import closing
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    env_id: str = "CartPole-v1"  # Gymnasium's id of the environment; `module:Id` imports the module first
+    seed: int = 1  # seed of every random generator
+    total_timesteps: int = 300_000  # length of the training; a step is one transition of one environment
+    num_envs: int = 8  # environments that step together, and episodes in a batch: each plays one
+    learning_rate: float = 2e-3  # step size of the optimizer
+    gamma: float = 0.99  # discount factor
+    device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"  # networks this small are fastest on the CPU
+    num_threads: int = 1  # CPU threads of torch; networks this small are fastest on one
+    compile: bool = False  # compile the loss and its gradient with torch.compile; on the CPU needs a C++ compiler
+    track: bool = False  # log to Weights & Biases as well (WANDB_MODE=offline works)
+    wandb_project_name: str = "rungs"  # project on Weights & Biases
+    wandb_entity: str | None = None  # team on Weights & Biases
+    wandb_group: str | None = None  # group of runs on Weights & Biases
+    capture_video: bool = False  # film the first episode of each evaluation
+    runs_dir: str = "runs"  # where the run's folder is made
+    log_every: int = 2_000  # steps between two rows of metrics
+    eval_episodes: int = 10  # episodes in an evaluation, all without exploration; 0 for no evaluation
+    eval_every: int = 0  # steps between two evaluations; 0 for the one at the end only
+    checkpoint_every: int = 0  # steps between two checkpoints; 0 for none
+    resume: str = ""  # folder of a run to go on with; its flags hold, except those given beside it
+
+    baseline: Literal["none", "mean", "value"] = "value"  # what is taken from the reward-to-go
+    anneal_lr: bool = True  # lower the learning rate linearly to zero
+    norm_obs: bool = True  # normalise observations by their running mean and deviation
+    norm_reward: bool = True  # divide rewards by the running deviation of the discounted return
+    init_log_std: float = 0.0  # first log deviation of a Gaussian policy; the action's bounds are -1 and 1
+
+
+# ----- networks -------------------------------------------------------------------------------------------------------
+
+
+def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
+    """Two tanh layers of 64 units and a linear one: orthogonal weights, with `gain` in the last layer, biases of 0."""
+    net = nn.Sequential(nn.Linear(inputs, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, outputs))
+    for layer, layer_gain in zip(net[::2], (math.sqrt(2), math.sqrt(2), gain)):
+        nn.init.orthogonal_(layer.weight, layer_gain)
+        nn.init.zeros_(layer.bias)
+    return net
+
+
+class CategoricalPolicy(nn.Module):
+    """pi(a|s) over a Discrete space: the softmax of the logits that the network gives to the actions."""
+
+    def __init__(self, obs_dim: int, space: gym.spaces.Discrete):
+        super().__init__()
+        self.net = mlp(obs_dim, int(space.n), gain=0.01)
+        self.start = int(space.start)
+
+    def forward(self, obs: Tensor, explore: bool) -> Tensor:
+        """Actions (B,) for obs (B, obs_dim): drawn from pi, or the likeliest ones."""
+        logits = self.net(obs)
+        if explore:  # the argmax of logits plus Gumbel noise is a draw from their softmax
+            logits = logits - torch.empty_like(logits).exponential_().log_()
+        return logits.argmax(-1)
+
+    def log_prob(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """log pi(a|s) and the entropy H(pi(.|s)), both (B,), for obs (B, obs_dim) and action (B,)."""
+        log_probs = self.net(obs).log_softmax(-1)
+        entropy = -(log_probs.exp() * log_probs).sum(-1)
+        return log_probs.gather(-1, action.unsqueeze(-1)).squeeze(-1), entropy
+
+    def to_env(self, action: np.ndarray) -> np.ndarray:
+        """The actions (N,) as the environments number them."""
+        return action + self.start
+
+
+class GaussianPolicy(nn.Module):
+    """pi(a|s) over a Box: independent Gaussians; the network gives their means, their deviations are parameters.
+
+    An action of -1 or 1 is a bound of its dimension; `to_env` cuts off what lies beyond. Without bounds the unit is 1.
+    """
+
+    def __init__(self, obs_dim: int, space: gym.spaces.Box, init_log_std: float):
+        super().__init__()
+        self.net = mlp(obs_dim, math.prod(space.shape), gain=0.01)
+        self.log_std = nn.Parameter(torch.full((math.prod(space.shape),), init_log_std))
+        self.space = space
+        bounded = np.isfinite(space.low) & np.isfinite(space.high)
+        self.center = np.where(bounded, space.low / 2 + space.high / 2, 0)
+        self.half_width = np.where(bounded, space.high / 2 - space.low / 2, 1)
+
+    def forward(self, obs: Tensor, explore: bool) -> Tensor:
+        """Actions (B, action_dim) for obs (B, obs_dim): drawn from pi, or the likeliest ones."""
+        mean = self.net(obs)
+        return mean + self.log_std.exp() * torch.randn_like(mean) if explore else mean
+
+    def log_prob(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """log pi(a|s) and the entropy H(pi(.|s)), both (B,), for obs (B, obs_dim) and action (B, action_dim)."""
+        deviations = (action - self.net(obs)) * (-self.log_std).exp()
+        log_prob = -(deviations.square() / 2 + self.log_std + math.log(2 * math.pi) / 2).sum(-1)
+        entropy = (self.log_std + (1 + math.log(2 * math.pi)) / 2).sum()
+        return log_prob, entropy.expand_as(log_prob)
+
+    def to_env(self, action: np.ndarray) -> np.ndarray:
+        """The actions (N, *shape) in the units and within the bounds of the environments."""
+        action = self.center + self.half_width * action.reshape(-1, *self.space.shape)
+        return action.clip(self.space.low, self.space.high).astype(self.space.dtype)
+
+
+class RunningStatistics(nn.Module):
+    """Mean and variance (size,) of all that `update` has seen; 0 and 1 before."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("var", torch.ones(size))
+        self.register_buffer("count", torch.zeros(()))
+
+    def update(self, x: Tensor) -> None:
+        """Joins the moments of x (B, size) with those so far (Chan, Golub and LeVeque 1979)."""
+        var, mean = torch.var_mean(x, dim=0, correction=0)
+        self.count += len(x)
+        share = len(x) / self.count
+        self.var += share * (var - self.var + (1 - share) * (mean - self.mean).square())
+        self.mean += share * (mean - self.mean)
+
+
+class RewardScaler(nn.Module):
+    """Divides rewards by the running deviation of the discounted return (Engstrom et al. 2020, arXiv 2005.12729)."""
+
+    def __init__(self, gamma: float):
+        super().__init__()
+        self.gamma = gamma
+        self.statistics = RunningStatistics(1)
+        self.running_return = 0.0  # of the episodes that are under way, (N,)
+
+    def forward(self, reward: Tensor, done: Tensor) -> Tensor:
+        """Rewards (T, N) in, rewards (T, N) out; the discounted return begins anew at both kinds of end."""
+        returns = torch.empty_like(reward)
+        for t in range(len(reward)):
+            returns[t] = reward[t] + self.gamma * self.running_return
+            self.running_return = returns[t] * ~done[t]
+        self.statistics.update(returns.reshape(-1, 1))
+        return reward * (self.statistics.var + 1e-8).rsqrt()
+
+
+class Agent(nn.Module):
+    """The policy, the value network and the normalisation that they were trained with."""
+
+    def __init__(self, envs: gym.vector.VectorEnv, args: Args, device: torch.device):
+        super().__init__()
+        obs_dim = math.prod(envs.single_observation_space.shape)
+        if isinstance(envs.single_action_space, gym.spaces.Discrete):
+            self.policy = CategoricalPolicy(obs_dim, envs.single_action_space)
+        else:
+            self.policy = GaussianPolicy(obs_dim, envs.single_action_space, args.init_log_std)
+        self.critic = mlp(obs_dim, 1, gain=1.0)
+        self.obs_statistics = RunningStatistics(obs_dim) if args.norm_obs else None
+        self.reward_scaler = RewardScaler(args.gamma) if args.norm_reward else None
+        self.device = device
+        self.to(device)
+
+    def normalize(self, obs: Tensor) -> Tensor:
+        """Observations (B, obs_dim) as the networks take them, with --norm-obs cut off at 10 deviations."""
+        if self.obs_statistics is None:
+            return obs
+        return ((obs - self.obs_statistics.mean) * (self.obs_statistics.var + 1e-8).rsqrt()).clamp(-10, 10)
+
+    @torch.inference_mode()
+    def act(self, obs: np.ndarray, explore: bool) -> np.ndarray:
+        """Actions (N,) or (N, action_dim) for obs (N, obs_dim); `policy.to_env` gives them to the environments."""
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.device)
+        return self.policy(self.normalize(obs), explore).cpu().numpy()
+
+    def log_prob(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """log pi(a|s) and the entropy H(pi(.|s)), both (B,)."""
+        return self.policy.log_prob(self.normalize(obs), action)
+
+    def value(self, obs: Tensor) -> Tensor:
+        """V(s) (B,) for obs (B, obs_dim)."""
+        return self.critic(self.normalize(obs)).squeeze(-1)
+
+
+# ----- memory ---------------------------------------------------------------------------------------------------------
+
+
+class Rollout(NamedTuple):
+    """T consecutive steps of N environments, on the training device."""
+
+    obs: Tensor  # (T, N, obs_dim) float32
+    action: Tensor  # (T, N) int64 or (T, N, action_dim) float32, as the policy drew them
+    reward: Tensor  # (T, N) float32
+    next_obs: Tensor  # (T, N, obs_dim) float32, the last one of an episode where it ended
+    terminated: Tensor  # (T, N) bool
+    done: Tensor  # (T, N) bool, terminated or truncated
+
+
+def stack(steps: list[tuple[np.ndarray, ...]], device: torch.device) -> Rollout:
+    """T steps, each a tuple of arrays in the order of Rollout's fields, as one Rollout."""
+    dtypes = (torch.float32, None, torch.float32, torch.float32, torch.bool, torch.bool)
+    columns = zip(zip(*steps), dtypes)
+    return Rollout(*(torch.as_tensor(np.stack(column), dtype=dtype, device=device) for column, dtype in columns))
+
+
+# ----- algorithm ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def discounted_sum(x: Tensor, discount: Tensor) -> Tensor:
+    """y_t = x_t + discount_t y_{t+1} from the last row to the first, all (T, N)."""
+    y = torch.empty_like(x)
+    following = torch.zeros_like(x[0])
+    for t in reversed(range(len(x))):
+        following = torch.addcmul(x[t], discount[t], following, out=y[t])
+    return y
+
+
+@torch.no_grad()
+def reward_to_go(rollout: Rollout, next_value: Tensor, gamma: float) -> Tensor:
+    """G_t (T, N); where an episode was truncated, next_value (T, N) stands for the rest of it."""
+    truncated = rollout.done & ~rollout.terminated
+    return discounted_sum(rollout.reward + gamma * truncated * next_value, gamma * ~rollout.done)
+
+
+def mean_of_others(returns: Tensor, played: Tensor) -> Tensor:
+    """The baseline of each episode (N,): the mean G_t (T, N) of the steps `played` (T, N) in the other episodes."""
+    total, count = (returns * played).sum(0), played.sum(0)
+    return (total.sum() - total) / (count.sum() - count)
+
+
+def reinforce_loss(agent: Agent, args: Args, batch: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+    """What has -grad J(theta) as its gradient, and what the log shows of it, for the B steps of a batch (B, ...)."""
+    obs, action, advantage, target = batch
+    log_prob, entropy = agent.log_prob(obs, action)
+    policy_loss = -(log_prob * advantage).sum() / args.num_envs
+    log = {"losses/policy_loss": policy_loss, "losses/entropy": entropy.mean()}
+    loss = policy_loss
+    if args.baseline == "value":
+        value_loss = (agent.value(obs) - target).square().mean() / 2
+        log["losses/value_loss"] = value_loss
+        loss = policy_loss + value_loss  # apart from each other: the networks share no parameter
+    return loss, {name: x.detach() for name, x in log.items()}
+
+
+def reinforce_gradients(agent: Agent, args: Args, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Leaves the gradient of `reinforce_loss` in the parameters' .grad; this is what --compile compiles."""
+    loss, log = reinforce_loss(agent, args, batch)
+    loss.backward()
+    return log
+
+
+def reinforce_update(agent, optimizer, rollout: Rollout, args: Args, gradients=reinforce_gradients) -> dict[str, float]:
+    """Takes one step along grad J(theta) on the first episode of each environment; returns what the loss logs."""
+    played = rollout.done.cumsum(0) - rollout.done.long() == 0
+    value = next_value = torch.zeros_like(rollout.reward)
+    if args.baseline == "value":
+        with torch.no_grad():
+            value, next_value = agent.value(rollout.obs), agent.value(rollout.next_obs)
+    target = reward_to_go(rollout, next_value, args.gamma)
+    baseline = mean_of_others(target, played) if args.baseline == "mean" else value
+    advantage = target - baseline
+    optimizer.zero_grad()
+    log = gradients(agent, args, (rollout.obs[played], rollout.action[played], advantage[played], target[played]))
+    optimizer.step()
+    means = torch.stack(list(log.values())).tolist()
+    return dict(zip(log, means))
+
+
+# ----- plumbing, the same text in every script: read it once ----------------------------------------------------------
+
+
+def require(condition: bool, message: str, code: int = 2) -> None:
+    """Ends the program with one line on stderr unless the condition holds; exit code 2 is for bad input."""
+    if not condition:
+        print(f"{Path(__file__).name}: error: {' '.join(message.split())}", file=sys.stderr)
+        raise SystemExit(code)
+
+
+def check_flags(args: Args) -> torch.device:
+    """Refuses values that no script can run with; returns the device to train on."""
+    for name in ("total_timesteps", "num_envs", "learning_rate", "num_threads", "log_every"):
+        require(0 < getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be above 0")
+    for name in ("seed", "eval_episodes", "eval_every", "checkpoint_every"):
+        require(getattr(args, name) >= 0, f"--{name.replace('_', '-')} must not be below 0")
+    require(0 <= args.gamma <= 1, "--gamma must lie between 0 and 1")
+    film = not args.capture_video or importlib.util.find_spec("moviepy")
+    require(film, "--capture-video needs moviepy: pip install moviepy")
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device = args.device if args.device != "auto" else next(name for name in there if there[name])
+    require(there[device], f"--device {device}: torch finds none here")
+    torch.set_num_threads(args.num_threads)
+    return torch.device(device)
+
+
+def compiled(function, device: torch.device):
+    """The function compiled into one graph; on CUDA into a CUDA graph."""
+    torch._dynamo.config.trace_autograd_ops = True  # lets backward() into the graph
+    return torch.compile(function, fullgraph=True, mode="reduce-overhead" if device.type == "cuda" else "default")
+
+
+def make_envs(args: Args, num_envs: int, video: Path | None = None) -> gym.vector.SyncVectorEnv:
+    """Environments in lockstep, each reset in the step that ends its episode; `video` names films of the first one."""
+
+    def make_env(index: int) -> gym.Env:
+        film = video is not None and index == 0
+        env = gym.wrappers.RecordEpisodeStatistics(gym.make(args.env_id, render_mode="rgb_array" if film else None))
+        if film:
+            env = gym.wrappers.RecordVideo(env, str(video.parent), lambda episode: episode == 0, name_prefix=video.name)
+        space = env.observation_space
+        require(isinstance(space, gym.spaces.Box), f"{args.env_id}: observations must be a Box, these are {space}")
+        return env if len(space.shape) == 1 else gym.wrappers.FlattenObservation(env)
+
+    try:
+        env_fns = [lambda index=index: make_env(index) for index in range(num_envs)]
+        return gym.vector.SyncVectorEnv(env_fns, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    except (gym.error.Error, ImportError) as error:
+        require(False, f"--env-id {args.env_id}: {error}")
+
+
+def true_next_obs(next_obs: np.ndarray, done: np.ndarray, infos: dict) -> np.ndarray:
+    """The observations (N, obs_dim) that the step led to: the last of an old episode, not the first of a new one."""
+    if done.any():
+        next_obs = next_obs.copy()
+        next_obs[done] = np.stack(infos["final_obs"][done])
+    return next_obs
+
+
+def seed_for(*numbers: int) -> int:
+    """A seed of 32 bits made of several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def reset(envs: gym.vector.VectorEnv, seed: int, step: int) -> np.ndarray:
+    """Resets the environments and seeds every generator anew, so that a resumed run sees what the uninterrupted saw."""
+    seed = seed_for(seed, step)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    envs.action_space.seed(seed)
+    return envs.reset(seed=seed)[0]
+
+
+def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[str, float]:
+    """Plays one episode in each of `eval_episodes` fresh environments without exploration, 100,000 steps at most."""
+    returns, alive = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)
+    with closing(make_envs(args, args.eval_episodes, video)) as envs:
+        obs, _ = envs.reset(seed=seed_for(args.seed, 0, 1))
+        for _ in range(100_000):
+            obs, reward, terminated, truncated, _ = envs.step(agent.policy.to_env(agent.act(obs, explore=False)))
+            returns += alive * reward
+            alive &= ~(terminated | truncated)
+            if not alive.any():
+                break
+    mean, std = returns.mean().item(), returns.std().item()
+    return {"eval/episodic_return": mean, "eval/episodic_return_std": std, "eval/episodes": args.eval_episodes}
+
+
+def write_file(path: Path, write) -> None:
+    """Calls write(file) on a file beside `path` and renames that: `path` is the old or the new file, never a part."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_run(args: Args) -> tuple[Args, dict]:
+    """The flags, and the step and states to start from: those of a new run, or those in the folder of --resume."""
+    if not args.resume:
+        return args, {"step": 0, "states": {}}
+    folder, where = Path(args.resume), f"--resume {args.resume}:"
+    path = folder / "checkpoint.pt"
+    path = path if path.exists() else folder / "agent.pt"
+    try:
+        old = json.loads((folder / "args.json").read_text())
+        script = old.pop("script")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        require(False, f"{where} nothing to go on from, there is no {Path(error.filename).name}")
+    except Exception as error:
+        require(False, f"{where} cannot be read, torn or not a run ({type(error).__name__})")
+    require(script == Path(__file__).stem, f"{where} that is a run of {script}.py")
+    given = {f.name: getattr(args, f.name) for f in fields(Args) if getattr(args, f.name) != f.default}
+    for name in {"env_id", "seed"} & given.keys():
+        require(given[name] == old[name], f"{where} that is a run with --{name.replace('_', '-')} {old[name]}")
+    args = Args(**old | given)
+    if path.name == "agent.pt":  # the training is over; all that is left is to evaluate
+        require(args.total_timesteps <= old["total_timesteps"], f"{where} finished, without a checkpoint to go on from")
+        saved = {"step": args.total_timesteps, "states": {"agent": saved}}
+    return args, saved
+
+
+class Run:
+    """What a run leaves behind: flags, metrics, checkpoints, films, W&B; and an orderly end, whatever the reason."""
+
+    def __init__(self, args: Args, saved: dict, **states):
+        """`states` are the modules and optimizers that make a checkpoint; those in `saved` are loaded."""
+        self.args, self.states, self.step = args, states, saved["step"]
+        script, now = Path(__file__).stem, datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+        name = re.sub(r"[^\w.-]+", "-", f"{args.env_id}__{script}__{args.seed}__{now}")
+        self.folder = Path(args.resume or Path(args.runs_dir, name))
+        try:
+            for name, state in saved["states"].items():
+                states[name].load_state_dict(state)
+        except (KeyError, ValueError, RuntimeError) as error:
+            require(False, f"--resume {self.folder}: the checkpoint does not fit: {error}")
+        self.wandb = self.start_wandb() if args.track else None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
+            flags = json.dumps({"script": script} | asdict(replace(args, resume="")), indent=2)
+            write_file(self.folder / "args.json", lambda file: file.write(flags.encode()))
+            self.metrics = (self.folder / "metrics.jsonl").open("ab")
+        except OSError as error:
+            require(False, f"the run's folder cannot be written: {error}")
+        if self.step < args.total_timesteps:  # what came after the checkpoint will be done and logged again
+            self.metrics.truncate(min(self.metrics.tell(), saved.get("metrics_bytes", 0)))
+        print(f"{self.folder}: {script} on {args.env_id} from step {self.step:,} to {args.total_timesteps:,}")
+        self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit=" steps", unit_scale=True, disable=None)
+        self.returns, self.lengths = [], []
+        self.row_step, self.row_time = self.step, time.perf_counter()
+
+    def start_wandb(self):
+        """The run on Weights & Biases, by the name of the folder; WANDB_MODE says whether online or offline."""
+        args, name = self.args, self.folder.name
+        where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "group": args.wandb_group}
+        try:
+            import wandb
+
+            run = wandb.init(**where, name=name, id=name, resume="allow", config=asdict(args))
+        except Exception as error:
+            require(False, f"--track: {error} (`wandb login` once, or set WANDB_MODE=offline)")
+        run.define_metric("global_step")
+        run.define_metric("*", step_metric="global_step")
+        return run
+
+    def __enter__(self):
+        self.signal, self.handlers = None, {}
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def on_signal(self, number: int, frame) -> None:
+        """Ctrl-C and SIGTERM end the run after this turn of the loop; a second one ends it at once."""
+        self.signal = number
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, kind, error, traceback) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.bar.close()
+        self.metrics.close()
+        if self.wandb:
+            self.wandb.finish(exit_code=0 if error is None else 1)
+        require(not isinstance(error, OSError), f"{error}, at step {self.step:,}; {self.rescue()}", code=1)
+        if isinstance(error, Exception):
+            error.add_note(f"It ended the run at step {self.step:,}; {self.rescue()}")
+
+    def rescue(self) -> str:
+        """What there is to go on from, in words."""
+        there = (self.folder / "checkpoint.pt").exists()
+        return f"--resume {self.folder} goes on from its last checkpoint" if there else "there is no checkpoint"
+
+    def count_episodes(self, infos: dict) -> None:
+        """Notes the return and length of the episodes that ended in this step."""
+        if "final_info" in infos:
+            ended, episode = infos["final_info"]["_episode"], infos["final_info"]["episode"]
+            self.returns.extend(episode["r"][ended].tolist())
+            self.lengths.extend(episode["l"][ended].tolist())
+
+    def log(self, row: dict) -> None:
+        """Writes a row to metrics.jsonl, at once, and to W&B."""
+        self.metrics.write(json.dumps(row).encode() + b"\n")
+        self.metrics.flush()
+        if self.wandb:
+            self.wandb.log(row)
+
+    def turn(self, step: int, row: dict[str, float]) -> bool:
+        """Ends a turn of the loop with the row, evaluation and checkpoint that are due.
+
+        True if there was a checkpoint: then the environments must be `reset`, as they are when a run goes on from it.
+        """
+        args, agent = self.args, self.states["agent"]
+        finished = step >= args.total_timesteps
+        log, evaluation, checkpoint = (
+            every > 0 and (finished or step // every > self.step // every)
+            for every in (args.log_every, args.eval_every, args.checkpoint_every)
+        )
+        checkpoint |= self.signal is not None
+        broken = [name for name, x in row.items() if not math.isfinite(x)]
+        if checkpoint or finished:
+            broken += [name for name, x in agent.state_dict().items() if not x.isfinite().all()]
+        hint = "a smaller --learning-rate may help"
+        require(not broken, f"{' '.join(broken[:1])} is not finite at step {step:,}; {hint}; {self.rescue()}", code=1)
+        self.bar.update(step - self.step)
+        self.step = step
+        if log or checkpoint:
+            row |= {"global_step": step, "charts/episodes": len(self.returns)}
+            row["charts/SPS"] = (step - self.row_step) / (time.perf_counter() - self.row_time)
+            if self.returns:
+                row["charts/episodic_return"] = sum(self.returns) / len(self.returns)
+                row["charts/episodic_length"] = sum(self.lengths) / len(self.lengths)
+                self.bar.set_postfix_str(f"return {row['charts/episodic_return']:.1f}")
+            self.log(row)
+            self.returns, self.lengths = [], []
+        if evaluation and not finished:
+            self.evaluate()
+        if log or checkpoint or evaluation:
+            self.row_step, self.row_time = step, time.perf_counter()
+        if checkpoint:
+            states = {name: state.state_dict() for name, state in self.states.items()}
+            saved = {"step": step, "metrics_bytes": self.metrics.tell(), "states": states}
+            write_file(self.folder / "checkpoint.pt", lambda file: torch.save(saved, file))
+        if self.signal is not None and not finished:
+            print(f"Stopped at step {step:,}; {self.rescue()}")
+            raise SystemExit(128 + self.signal)
+        return checkpoint
+
+    def evaluate(self) -> None:
+        """Logs an evaluation of the agent as it is now, with --capture-video a film too."""
+        video = self.folder / "videos" / f"step-{self.step}" if self.args.capture_video else None
+        row = {"global_step": self.step} | evaluate(self.states["agent"], self.args, video)
+        self.log(row)
+        if self.wandb and video:
+            import wandb
+
+            film = wandb.Video(str(video.parent / f"{video.name}-episode-0.mp4"), format="mp4")
+            self.wandb.log({"global_step": self.step, "eval/video": film})
+        mean, std, episodes = (row[f"eval/{name}"] for name in ("episodic_return", "episodic_return_std", "episodes"))
+        tqdm.write(f"Evaluation at step {self.step:,}: return {mean:.1f} ± {std:.1f} over {episodes} episodes")
+
+    def finish(self) -> Path:
+        """Saves and evaluates the trained agent; returns the run's folder."""
+        agent = self.states["agent"].state_dict()
+        write_file(self.folder / "agent.pt", lambda file: torch.save(agent, file))
+        if self.args.eval_episodes > 0:
+            self.evaluate()
+        return self.folder
+
+
+# ----- training -------------------------------------------------------------------------------------------------------
+
+
+def train(args: Args) -> Path:
+    """Trains an agent with REINFORCE; returns the run's folder."""
+    args, saved = load_run(args)
+    device = check_flags(args)
+    require(args.baseline != "mean" or args.num_envs > 1, "--baseline mean needs at least 2 environments")
+    envs = make_envs(args, args.num_envs)
+    taken = isinstance(envs.single_action_space, (gym.spaces.Discrete, gym.spaces.Box))
+    require(taken, f"{args.env_id}: actions must be Discrete or a Box, these are {envs.single_action_space}")
+
+    torch.manual_seed(args.seed)
+    agent = Agent(envs, args, device)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    gradients = compiled(reinforce_gradients, device) if args.compile else reinforce_gradients
+    with closing(envs), Run(args, saved, agent=agent, optimizer=optimizer) as run:
+        step = run.step
+        obs = reset(envs, args.seed, step)
+        while step < args.total_timesteps:
+            if args.anneal_lr:
+                optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - step / args.total_timesteps)
+
+            # Run the policy as it is for a whole episode in each of N environments; who is done first plays on unheard.
+            steps = []
+            obs, _ = envs.reset()
+            waiting = np.ones(args.num_envs, dtype=bool)
+            while waiting.any() and len(steps) < args.total_timesteps:
+                action = agent.act(obs, explore=True)
+                next_obs, reward, terminated, truncated, infos = envs.step(agent.policy.to_env(action))
+                done = terminated | truncated
+                steps.append((obs, action, reward, true_next_obs(next_obs, done, infos), terminated, done))
+                run.count_episodes(infos)
+                obs = next_obs
+                waiting &= ~done
+            step += args.num_envs * len(steps)
+
+            # Improve it.
+            rollout = stack(steps, device)
+            if args.norm_reward:
+                rollout = rollout._replace(reward=agent.reward_scaler(rollout.reward, rollout.done))
+            row = reinforce_update(agent, optimizer, rollout, args, gradients)
+            if args.norm_obs:  # only now: the policy that was improved is the one that acted
+                agent.obs_statistics.update(rollout.obs.flatten(0, 1))
+            if run.turn(step, row | {"charts/learning_rate": optimizer.param_groups[0]["lr"]}):
+                obs = reset(envs, args.seed, step)
+                if args.norm_reward:
+                    agent.reward_scaler.running_return = 0.0
+        return run.finish()
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Args))
