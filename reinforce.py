@@ -75,7 +75,7 @@ class Args:
     eval_episodes: int = 10  # episodes in an evaluation, all without exploration; 0 for no evaluation
     eval_every: int = 0  # steps between two evaluations; 0 for the one at the end only
     checkpoint_every: int = 0  # steps between two checkpoints; 0 for none
-    resume: str = ""  # folder of a run to go on with; its flags hold, except those given beside it
+    resume: str = ""  # folder of a run to go on with; its flags hold, but for those given here that are not defaults
 
     baseline: Literal["none", "mean", "value"] = "value"  # what is taken from the reward-to-go
     anneal_lr: bool = True  # lower the learning rate linearly to zero
@@ -134,8 +134,8 @@ class GaussianPolicy(nn.Module):
         self.log_std = nn.Parameter(torch.full((math.prod(space.shape),), init_log_std))
         self.space = space
         bounded = np.isfinite(space.low) & np.isfinite(space.high)
-        self.center = np.where(bounded, space.low / 2 + space.high / 2, 0)
-        self.half_width = np.where(bounded, space.high / 2 - space.low / 2, 1)
+        low, high = np.where(bounded, space.low, -1), np.where(bounded, space.high, 1)
+        self.center, self.half_width = low / 2 + high / 2, high / 2 - low / 2
 
     def forward(self, obs: Tensor, explore: bool) -> Tensor:
         """Actions (B, action_dim) for obs (B, obs_dim): drawn from pi, or the likeliest ones."""
@@ -202,6 +202,7 @@ class Agent(nn.Module):
             self.policy = CategoricalPolicy(obs_dim, envs.single_action_space)
         else:
             self.policy = GaussianPolicy(obs_dim, envs.single_action_space, args.init_log_std)
+        self.to_env = self.policy.to_env
         self.critic = mlp(obs_dim, 1, gain=1.0)
         self.obs_statistics = RunningStatistics(obs_dim) if args.norm_obs else None
         self.reward_scaler = RewardScaler(args.gamma) if args.norm_reward else None
@@ -216,7 +217,7 @@ class Agent(nn.Module):
 
     @torch.inference_mode()
     def act(self, obs: np.ndarray, explore: bool) -> np.ndarray:
-        """Actions (N,) or (N, action_dim) for obs (N, obs_dim); `policy.to_env` gives them to the environments."""
+        """Actions (N,) or (N, action_dim) for obs (N, obs_dim); `to_env` gives them to the environments."""
         obs = torch.as_tensor(obs, dtype=torch.float32, device=self.device)
         return self.policy(self.normalize(obs), explore).cpu().numpy()
 
@@ -267,7 +268,7 @@ def discounted_sum(x: Tensor, discount: Tensor) -> Tensor:
 def reward_to_go(rollout: Rollout, next_value: Tensor, gamma: float) -> Tensor:
     """G_t (T, N); where an episode was truncated, next_value (T, N) stands for the rest of it."""
     truncated = rollout.done & ~rollout.terminated
-    return discounted_sum(rollout.reward + gamma * truncated * next_value, gamma * ~rollout.done)
+    return discounted_sum(rollout.reward + gamma * next_value * truncated, gamma * ~rollout.done)
 
 
 def mean_of_others(returns: Tensor, played: Tensor) -> Tensor:
@@ -351,11 +352,13 @@ def make_envs(args: Args, num_envs: int, video: Path | None = None) -> gym.vecto
 
     def make_env(index: int) -> gym.Env:
         film = video is not None and index == 0
-        env = gym.wrappers.RecordEpisodeStatistics(gym.make(args.env_id, render_mode="rgb_array" if film else None))
+        env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if film else {}))
+        env, space = gym.wrappers.RecordEpisodeStatistics(env), env.observation_space
+        require(isinstance(space, gym.spaces.Box), f"{args.env_id}: observations must be a Box, these are {space}")
+        visible = "rgb_array" in env.metadata.get("render_modes", [])
+        require(visible or not args.capture_video, f"--capture-video: {args.env_id} cannot render to rgb_array")
         if film:
             env = gym.wrappers.RecordVideo(env, str(video.parent), lambda episode: episode == 0, name_prefix=video.name)
-        space = env.observation_space
-        require(isinstance(space, gym.spaces.Box), f"{args.env_id}: observations must be a Box, these are {space}")
         return env if len(space.shape) == 1 else gym.wrappers.FlattenObservation(env)
 
     try:
@@ -394,7 +397,7 @@ def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[st
     with closing(make_envs(args, args.eval_episodes, video)) as envs:
         obs, _ = envs.reset(seed=seed_for(args.seed, 0, 1))
         for _ in range(100_000):
-            obs, reward, terminated, truncated, _ = envs.step(agent.policy.to_env(agent.act(obs, explore=False)))
+            obs, reward, terminated, truncated, _ = envs.step(agent.to_env(agent.act(obs, explore=False)))
             returns += alive * reward
             alive &= ~(terminated | truncated)
             if not alive.any():
@@ -619,7 +622,7 @@ def train(args: Args) -> Path:
             waiting = np.ones(args.num_envs, dtype=bool)
             while waiting.any() and len(steps) < args.total_timesteps:
                 action = agent.act(obs, explore=True)
-                next_obs, reward, terminated, truncated, infos = envs.step(agent.policy.to_env(action))
+                next_obs, reward, terminated, truncated, infos = envs.step(agent.to_env(action))
                 done = terminated | truncated
                 steps.append((obs, action, reward, true_next_obs(next_obs, done, infos), terminated, done))
                 run.count_episodes(infos)

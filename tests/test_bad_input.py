@@ -1,0 +1,336 @@
+"""What bad input and bad luck get: one clear line, the right exit code, and nothing lost or left behind (DESIGN 7)."""
+
+import importlib
+import json
+import os
+import pickle
+import shutil
+import sys
+import warnings
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SCRIPTS, flags, only_run, rows, run, takes, tiny_env, train
+
+each_script = pytest.mark.parametrize("script", SCRIPTS)
+
+
+@pytest.fixture
+def refused(here, capsys, monkeypatch):
+    """A function that runs a script, checks that it ends with one line on stderr and `code`, and returns the line."""
+    for backend in (torch.cuda, torch.backends.mps):
+        monkeypatch.setattr(backend, "is_available", lambda: False)
+
+    def ended(script: str, *flags: str, code: int = 2) -> str:
+        capsys.readouterr()
+        with warnings.catch_warnings(), pytest.raises(SystemExit) as end:
+            warnings.showwarning = lambda *warning: print(*warning, file=sys.stderr)
+            train(script, *flags)
+        assert end.value.code == code
+        out, err = capsys.readouterr()
+        assert err.startswith(f"{script}.py: error: ") and err.endswith("\n") and err.count("\n") == 1, err
+        if code == 2:
+            assert not out and not Path("runs").exists(), "the training began"
+        return err
+
+    return ended
+
+
+BAD_FLAGS = [
+    ("--env-id CartPol-v1", "CartPol-v1", "Did you mean: `CartPole`?"),
+    ("--env-id MountainCar-v9", "v9", "`v0`"),
+    ("--env-id no_such_module:X-v0", "No module named 'no_such_module'"),
+    ("--env-id tests.envs:DictObs-v0", "DictObs", "observations must be a Box", "Dict("),
+    ("--env-id Taxi-v4", "Taxi-v4", "observations must be a Box", "Discrete(500)"),
+    ("--env-id tests.envs:MultiDiscrete-v0", "MultiDiscrete-v0: actions must be", "MultiDiscrete([2 3])"),
+    ("--device cuda", "--device cuda", "none here"),
+    ("--device mps", "--device mps", "none here"),
+    ("--gamma 1.01", "--gamma", "between 0 and 1"),
+    ("--gamma -0.1", "--gamma"),
+    ("--gamma nan", "--gamma"),
+    ("--learning-rate nan", "--learning-rate"),
+    ("--learning-rate inf", "--learning-rate"),
+    ("--learning-rate 0", "--learning-rate", "above 0"),
+    ("--learning-rate -1e-3", "--learning-rate", "above 0"),
+    *(
+        (f"--{name} {x}", f"--{name}", "above 0")
+        for name in "total-timesteps num-envs log-every".split()
+        for x in "0 -1".split()
+    ),
+    ("--num-threads 0", "--num-threads", "above 0"),
+    *((f"--{name} -1", f"--{name}", "below 0") for name in "seed eval-episodes eval-every checkpoint-every".split()),
+    ("--resume nowhere", "--resume nowhere", "args.json"),
+]
+WRONG_ACTIONS = {"Discrete": "CartPole-v1", "Box": "Pendulum-v1"}
+OWN_FLAGS = [
+    *(
+        (s, f"--env-id {i}", f"{i}: actions must be")
+        for s in SCRIPTS
+        for k, i in WRONG_ACTIONS.items()
+        if not takes(s, k)
+    ),
+    ("ppo", "--num-minibatches 7", "512", "minibatches"),
+    ("ppo", "--num-minibatches 512", "minibatch", "2 steps"),
+    ("ppo", "--num-minibatches 0", "--num-minibatches", "above 0"),
+    ("ppo", "--num-steps -128", "--num-steps", "above 0"),
+    ("ppo", "--update-epochs 0", "--update-epochs", "above 0"),
+    ("ppo", "--max-grad-norm nan", "--max-grad-norm"),
+    ("a2c", "--num-steps 0", "--num-steps", "above 0"),
+    ("a2c", "--max-grad-norm 0", "--max-grad-norm", "above 0"),
+    ("reinforce", "--baseline mean --num-envs 1", "--baseline mean", "2 environments"),
+]
+CASES = [(script, *case) for script in SCRIPTS for case in BAD_FLAGS] + OWN_FLAGS
+
+
+@pytest.mark.parametrize("script, bad, words", [(s, f, words) for s, f, *words in CASES], ids=lambda x: str(x)[:40])
+def test_bad_flags_get_one_line_before_any_training(script, bad, words, refused):
+    line = refused(script, *bad.split())
+    assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize("bad", ("--num-envs two", "--total-timesteps 1e6", "--device tpu", "--gama 0.9"))
+@each_script
+def test_flags_that_tyro_cannot_read_get_exit_code_2(script, bad, here):
+    with pytest.raises(SystemExit) as end:
+        train(script, *bad.split())
+    assert end.value.code == 2 and not any(here.iterdir())
+
+
+@each_script
+def test_the_shell_sees_exit_code_2_and_one_line(script, here):
+    done = run(script, "--env-id", "Pendulun-v1", cwd=here, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"{script}.py: error: ") and done.stderr.count("\n") == 1
+    assert "`Pendulum`" in done.stderr and not any(here.iterdir())
+
+
+@each_script
+def test_tracking_without_a_login_is_refused(script, here):
+    """The address is that of nobody: what would ask the network fails at once."""
+    login = {"WANDB_MODE": "online", "WANDB_API_KEY": "", "HOME": str(here), "NETRC": str(here / "netrc")}
+    quiet = {"WANDB_DIR": str(here), "WANDB_ERROR_REPORTING": "false", "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    done = run(script, "--track", cwd=here, env=login | quiet, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"{script}.py: error: --track: ") and done.stderr.count("\n") == 1
+    assert "wandb login" in done.stderr and "WANDB_MODE=offline" in done.stderr
+    assert not (here / "runs").exists()
+
+
+@each_script
+def test_filming_without_moviepy_is_refused(script, refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "moviepy", None)
+    assert "pip install moviepy" in refused(script, "--capture-video")
+
+
+@each_script
+def test_filming_an_environment_that_cannot_be_seen_is_refused_before_the_training(script, refused):
+    pytest.importorskip("moviepy")
+    assert "rgb_array" in refused(script, *flags(script, "--env-id", tiny_env(script, "Raises"), "--capture-video"))
+
+
+@each_script
+def test_a_runs_folder_that_cannot_be_written_is_refused(script, refused, here):
+    (here / "file").touch()
+    assert "cannot be written" in refused(script, *flags(script, "--runs-dir", "file"))
+
+
+@pytest.fixture(scope="module", params=SCRIPTS)
+def finished(request, tmp_path_factory) -> tuple[str, Path]:
+    """A script and the folder of a run of it that has a checkpoint.pt beside its agent.pt."""
+    more = ("--checkpoint-every", "1000", "--runs-dir", tmp_path_factory.mktemp("finished"), "--seed", "3")
+    return request.param, train(request.param, *flags(request.param, *more))
+
+
+@pytest.fixture
+def stopped(finished, here) -> tuple[str, Path]:
+    """A script and a copy of such a folder as a run that was stopped leaves it: without agent.pt."""
+    script, folder = finished
+    shutil.copytree(folder, here / "run")
+    (here / "run" / "agent.pt").unlink()
+    return script, here / "run"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def not_resumed(refused):
+    """A function that checks that --resume refuses the folder and leaves it as it is; returns the line on stderr."""
+
+    def ended(script: str, folder: Path, *flags: str) -> str:
+        before = contents(folder)
+        line = refused(script, "--resume", folder, *flags)
+        assert str(folder) in line and contents(folder) == before
+        return line
+
+    return ended
+
+
+@pytest.mark.parametrize("size", (0, 1, 0.5, -1), ids=("nothing", "a byte", "half", "all but a byte"))
+def test_a_torn_checkpoint_is_refused(stopped, not_resumed, size):
+    script, folder = stopped
+    whole = (folder / "checkpoint.pt").read_bytes()
+    (folder / "checkpoint.pt").write_bytes(whole[: size if isinstance(size, int) else int(size * len(whole))])
+    assert "torn" in not_resumed(script, folder)
+
+
+def test_a_checkpoint_of_garbage_is_refused(stopped, not_resumed):
+    script, folder = stopped
+    (folder / "checkpoint.pt").write_bytes(bytes(range(256)) * 64)
+    assert "cannot be read" in not_resumed(script, folder)
+
+
+@pytest.mark.parametrize("other", ({}, {"step": 3}, {"step": 3, "states": {"agent": 3}}, [1, 2], "agent.pt"), ids=str)
+def test_a_file_that_torch_reads_but_is_no_checkpoint_is_refused(stopped, finished, not_resumed, other):
+    script, folder = stopped
+    torch.save(other, folder / "checkpoint.pt")
+    if other == "agent.pt":
+        shutil.copy(finished[1] / "agent.pt", folder / "checkpoint.pt")
+    not_resumed(script, folder)
+
+
+@pytest.mark.parametrize(
+    "save", (torch.save, lambda x, file: pickle.dump(x, file, protocol=2)), ids=("torch", "pickle")
+)
+def test_a_crafted_checkpoint_is_refused_and_not_executed(stopped, not_resumed, here, save):
+    class Crafted:
+        def __reduce__(self):
+            return os.mkdir, (str(here / "executed"),)
+
+    script, folder = stopped
+    with (folder / "checkpoint.pt").open("wb") as file:
+        save({"step": 1000, "states": Crafted()}, file)
+    not_resumed(script, folder)
+    assert not (here / "executed").exists()
+
+
+@pytest.mark.parametrize("text", ("", '{"script": "ppo", "env_id', "[]", "{}", "3"))
+def test_flags_that_cannot_be_read_are_refused(stopped, not_resumed, text):
+    script, folder = stopped
+    (folder / "args.json").write_text(text)
+    not_resumed(script, folder)
+
+
+def test_flags_that_the_script_does_not_have_are_refused(stopped, not_resumed):
+    script, folder = stopped
+    old = json.loads((folder / "args.json").read_text())
+    (folder / "args.json").write_text(json.dumps(old | {"no_such_flag": 1}))
+    not_resumed(script, folder)
+
+
+@pytest.mark.parametrize("missing", ("args.json", "checkpoint.pt"))
+def test_a_folder_with_a_part_missing_is_refused(stopped, not_resumed, missing):
+    script, folder = stopped
+    (folder / missing).unlink()
+    assert "nothing to go on from" in not_resumed(script, folder)
+
+
+def test_a_run_of_another_script_is_refused(stopped, not_resumed):
+    script, folder = stopped
+    other = SCRIPTS[SCRIPTS.index(script) - 1]
+    assert f"{script}.py" in not_resumed(other, folder)
+
+
+def test_a_run_of_another_environment_or_seed_is_refused(stopped, not_resumed):
+    script, folder = stopped
+    env_id = importlib.import_module(script).Args.env_id
+    assert f"--env-id {env_id}" in not_resumed(script, folder, "--env-id", "Acrobot-v1")
+    assert "--seed 3" in not_resumed(script, folder, "--seed", "4")
+
+
+@each_script
+def test_a_run_of_another_environment_or_seed_is_refused_even_where_the_flag_equals_the_default(script, here):
+    folder = train(script, *flags(script, "--env-id", tiny_env(script, "Ledger"), "--seed", "3"))
+    before = contents(folder)
+    defaults = importlib.import_module(script).Args()
+    for name in ("env_id", "seed"):
+        flag = (f"--{name.replace('_', '-')}", str(getattr(defaults, name)))
+        done = run(script, "--resume", folder, *flag, cwd=here, check=False)
+        assert done.returncode == 2 and flag[0] in done.stderr and contents(folder) == before
+
+
+def test_a_checkpoint_of_other_networks_is_refused(stopped, not_resumed):
+    script, folder = stopped
+    if "norm_obs" not in {f.name for f in fields(importlib.import_module(script).Args)}:
+        pytest.skip(f"{script} has no flag that changes what a checkpoint holds")
+    assert "does not fit" in not_resumed(script, folder, "--no-norm-obs")
+
+
+def test_more_steps_after_the_end_need_a_checkpoint(finished, stopped, not_resumed):
+    script, folder = stopped
+    (folder / "checkpoint.pt").unlink()
+    shutil.copy(finished[1] / "agent.pt", folder)
+    assert "without a checkpoint" in not_resumed(script, folder, "--total-timesteps", "5000")
+
+
+def all_finite(state) -> bool:
+    if isinstance(state, dict):
+        return all(map(all_finite, state.values()))
+    if isinstance(state, (list, tuple)):
+        return all(map(all_finite, state))
+    return bool(torch.as_tensor(state).isfinite().all()) if isinstance(state, (torch.Tensor, float)) else True
+
+
+@each_script
+def test_observations_that_turn_nan_stop_the_run_and_the_checkpoint_stays_good(script, refused, here):
+    more = ("--env-id", tiny_env(script, "NaN"), "--checkpoint-every", "200", "--log-every", "10")
+    line = refused(script, *flags(script, *more), code=1)
+    folder = only_run(here)
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert 0 < saved["step"] <= 600 and all_finite(saved)
+    assert rows(folder)[-1]["global_step"] >= saved["step"]
+    assert "not finite at step " in line and "--learning-rate" in line and f"--resume runs/{folder.name}" in line
+    assert {path.name for path in folder.iterdir()} == {"args.json", "metrics.jsonl", "checkpoint.pt"}
+
+
+@each_script
+def test_a_learning_rate_too_high_stops_the_run(script, refused, here):
+    line = refused(script, *flags(script, "--learning-rate", "1e30"), code=1)
+    assert "not finite at step " in line and "no checkpoint" in line
+    assert not (only_run(here) / "agent.pt").exists()
+    rows(only_run(here))
+
+
+@each_script
+def test_an_environment_that_raises_ends_the_run_with_its_message_and_the_way_on(script, here):
+    more = ("--env-id", tiny_env(script, "Raises"), "--checkpoint-every", "200", "--log-every", "10")
+    with pytest.raises(RuntimeError, match="the environment broke") as error:
+        train(script, *flags(script, *more))
+    folder = only_run(here)
+    step = rows(folder)[-1]["global_step"]
+    assert f"at step {step:,}; --resume runs/{folder.name} goes on from" in error.value.__notes__[0]
+    assert 500 <= step <= 600 and all_finite(torch.load(folder / "checkpoint.pt", weights_only=True))
+
+
+@each_script
+def test_a_full_disk_costs_the_checkpoint_in_hand_and_no_more(script, refused, here, monkeypatch):
+    save, saved = torch.save, []
+
+    def save_once(state, file):
+        if saved:
+            file.write(b"a part")
+            raise OSError(28, "No space left on device")
+        saved.append(state["step"])
+        save(state, file)
+
+    monkeypatch.setattr(torch, "save", save_once)
+    line = refused(script, *flags(script, "--checkpoint-every", "500"), code=1)
+    assert "No space left on device" in line and "--resume" in line
+    folder = only_run(here)
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == saved[0]
+    assert {path.name for path in folder.iterdir()} == {"args.json", "metrics.jsonl", "checkpoint.pt"}
+    monkeypatch.undo()
+    os.chdir(here)
+    train(script, "--resume", folder)
+    assert (folder / "agent.pt").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_a_disk_too_full_for_a_row_gets_one_line(stopped, refused):
+    script, folder = stopped
+    (folder / "metrics.jsonl").unlink()
+    (folder / "metrics.jsonl").symlink_to("/dev/full")
+    assert "No space left on device" in refused(script, "--resume", folder, code=1)

@@ -1,0 +1,139 @@
+"""Duplication on purpose, kept honest: one name means one text, and neighbours differ by their idea alone."""
+
+import ast
+import subprocess
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted(path for path in [*ROOT.glob("*.py"), *ROOT.glob("more/*.py")])
+
+# Definitions that may differ, and why.
+LESSONS = {
+    "Args": "each script has flags of its own after the common ones (which a test below compares)",
+    "train": "the loop follows the pseudocode of each paper",
+}
+
+# Added plus deleted lines between neighbours.
+BUDGETS = {("reinforce.py", "a2c.py"): 150, ("a2c.py", "ppo.py"): 110}
+
+COMMON_FLAGS = (
+    "env_id seed total_timesteps num_envs learning_rate gamma device num_threads compile track wandb_project_name "
+    "wandb_entity wandb_group capture_video runs_dir log_every eval_episodes eval_every checkpoint_every resume"
+).split()
+
+
+def definitions(path):
+    """The source of each top-level definition, decorators included."""
+    source = path.read_text()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            decorators = [ast.get_source_segment(source, d) for d in node.decorator_list]
+            yield node.name, "\n".join([*decorators, ast.get_source_segment(source, node)])
+
+
+def flags(path):
+    """{name: (type, default, line)} of Args, in order."""
+    source = path.read_text()
+    args = next(n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == "Args")
+    lines = source.splitlines()
+    fields = [n for n in args.body if isinstance(n, ast.AnnAssign)]
+    return {f.target.id: (ast.unparse(f.annotation), ast.unparse(f.value), lines[f.lineno - 1]) for f in fields}
+
+
+def test_there_are_scripts():
+    assert {"reinforce.py", "a2c.py", "ppo.py"} <= {path.name for path in SCRIPTS}
+
+
+def test_definitions_of_one_name_are_one_text():
+    versions = defaultdict(lambda: defaultdict(list))
+    for path in SCRIPTS:
+        for name, source in definitions(path):
+            versions[name][source].append(path.name)
+    for name, copies in versions.items():
+        if len(copies) > 1 and name not in LESSONS:
+            texts = "\n\n".join(f"--- {', '.join(files)}\n{source}" for source, files in copies.items())
+            pytest.fail(f"{name} differs between the scripts:\n{texts}")
+
+
+def test_the_plumbing_is_one_text():
+    """From its banner to the next, comments and order included."""
+    banner, following = "# ----- plumbing", "# ----- training"
+    texts = {path.name: path.read_text().split(banner)[1].split(following)[0] for path in SCRIPTS}
+    assert len(set(texts.values())) == 1, texts.keys()
+
+
+def test_sections_come_in_the_same_order():
+    for path in SCRIPTS:
+        banners = [line.split()[2].strip(",") for line in path.read_text().splitlines() if line.startswith("# -----")]
+        assert banners == ["networks", "memory", "algorithm", "plumbing", "training"], path.name
+
+
+def test_imports_and_metadata_are_one_text():
+    def head(path):
+        text = path.read_text()
+        return text[: text.index('"""')] + text[text.index("import ") : text.index("@dataclass")]
+
+    heads = {head(path) for path in SCRIPTS}
+    assert len(heads) == 1
+
+
+def test_common_flags_come_first_and_alike():
+    """Same order, names and types; the help too, unless a script's default makes it say something else."""
+    for path in SCRIPTS:
+        assert list(flags(path))[: len(COMMON_FLAGS)] == COMMON_FLAGS, path.name
+    for name in COMMON_FLAGS:
+        assert len({flags(path)[name][0] for path in SCRIPTS}) == 1, name
+        if name not in ("total_timesteps", "num_envs", "learning_rate"):
+            assert len({flags(path)[name][2] for path in SCRIPTS}) == 1, name
+
+
+def test_flags_of_one_name_mean_the_same():
+    types = defaultdict(set)
+    for path in SCRIPTS:
+        for name, (annotation, _, _) in flags(path).items():
+            types[name].add(annotation)
+    assert all(len(kinds) == 1 for kinds in types.values()), types
+
+
+def test_every_flag_is_read_and_explained():
+    for path in SCRIPTS:
+        source = path.read_text()
+        body = source[source.index("# ----- networks") :]
+        for name, (_, _, line) in flags(path).items():
+            assert f"args.{name}" in body or f'"{name}"' in body, f"{path.name} never reads --{name}"
+            assert "  # " in line, f"{path.name}: --{name} has no help"
+
+
+def test_scripts_import_nothing_of_this_repository():
+    allowed = set("torch gymnasium tyro wandb numpy tqdm".split())
+    import sys
+
+    for path in SCRIPTS:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                root = name.split(".")[0]
+                assert root in allowed or root in sys.stdlib_module_names, f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("pair", BUDGETS, ids=lambda pair: "→".join(pair))
+def test_the_diff_of_neighbours_is_the_lesson(pair):
+    command = ["git", "diff", "--no-index", "--numstat", *pair]
+    added, deleted, _ = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.split(maxsplit=2)
+    assert int(added) + int(deleted) <= BUDGETS[pair]
+
+
+def test_public_definitions_have_docstrings():
+    for path in SCRIPTS:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if (
+                isinstance(node, ast.FunctionDef | ast.ClassDef)
+                and not node.name.startswith("__")
+                and node.name != "Args"
+            ):
+                inner = node.name in ("make_env",)
+                assert inner or ast.get_docstring(node), f"{path.name}: {node.name}"

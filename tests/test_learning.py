@@ -1,0 +1,65 @@
+"""Learning gates: fixed seeds, the commands of the README, evaluation without exploration on fresh environments."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+PENDULUM = (
+    "--env-id Pendulum-v1 --total-timesteps 200000 --gamma 0.9 --learning-rate 1e-3 --ent-coef 0 --num-steps 256 "
+)
+PENDULUM += "--update-epochs 10 --num-minibatches 16"
+HALFCHEETAH = "--env-id HalfCheetah-v5 --total-timesteps 1000000 --num-envs 64 --num-steps 32 --update-epochs 10 "
+HALFCHEETAH += "--num-minibatches 32 --learning-rate 3e-4 --ent-coef 0 --init-log-std -0.5"
+
+
+def final_return(script, tmp_path, seed, flags=""):
+    """Trains from the command line; the return of the last evaluation."""
+    command = [sys.executable, ROOT / f"{script}.py", "--seed", str(seed), "--runs-dir", tmp_path, *flags.split()]
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    (metrics,) = tmp_path.glob(f"*__{script}__{seed}__*/metrics.jsonl")
+    return json.loads(metrics.read_text().splitlines()[-1])["eval/episodic_return"]
+
+
+@pytest.mark.parametrize("script, enough", [("reinforce", 450), ("a2c", 450), ("ppo", 475)])
+def test_cartpole_at_the_default_settings(script, enough, tmp_path):
+    assert final_return(script, tmp_path, seed=1) >= enough
+
+
+def test_ppo_learns_pendulum_with_the_flags_of_the_readme(tmp_path):
+    assert PENDULUM in (ROOT / "README.md").read_text()
+    assert final_return("ppo", tmp_path, 1, PENDULUM) >= -300
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("baseline", ["none", "mean"])
+def test_reinforce_learns_with_each_baseline(baseline, tmp_path):
+    """Noisier than with the value baseline: five times the return of a random policy (about 20)."""
+    assert final_return("reinforce", tmp_path, 1, f"--baseline {baseline}") >= 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, enough, least", [("reinforce", 450, 8), ("a2c", 450, 8), ("ppo", 475, 9)])
+def test_cartpole_over_ten_seeds(script, enough, least, tmp_path):
+    returns = [final_return(script, tmp_path, seed) for seed in range(1, 11)]
+    assert sum(x >= enough for x in returns) >= least, returns
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags, enough", [("--env-id HalfCheetah-v5", 1000), (HALFCHEETAH, 2000)])
+def test_ppo_learns_halfcheetah(flags, enough, tmp_path):
+    assert flags in (ROOT / "README.md").read_text()
+    assert final_return("ppo", tmp_path, 1, flags) >= enough
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["reinforce", "a2c"])
+def test_gaussian_policies_improve_on_pendulum(script, tmp_path):
+    """Simple methods are slow on continuous control; a policy that has learned nothing stays below -1000."""
+    flags = "--env-id Pendulum-v1 --total-timesteps 500000 --gamma 0.9"
+    assert final_return(script, tmp_path, 1, flags) >= -1000

@@ -1,0 +1,209 @@
+"""What the training loop hands to the update: every transition, none across a reset, by the policy that acted."""
+
+import json
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+import a2c
+import ppo
+import reinforce
+
+MODULES = {"reinforce": reinforce, "a2c": a2c, "ppo": ppo}
+everywhere = pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
+
+
+class Clock(gym.Env):
+    """Observes [its number, episode, step]; the reward tells the step; ends terminated, truncated or both in turn."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
+    action_space = gym.spaces.Discrete(2)
+    made = 0
+
+    def __init__(self):
+        self.number, self.episode = Clock.made, -1
+        Clock.made += 1
+
+    def observe(self):
+        return np.array([self.number, self.episode, self.step_], dtype=np.float64)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode, self.step_ = self.episode + 1, 0
+        return self.observe(), {}
+
+    def step(self, action):
+        self.step_ += 1
+        ends = self.step_ >= 2 + (self.episode + self.number) % 4
+        kind = (self.episode + self.number) % 3
+        return self.observe(), float(self.step_), ends and kind != 1, ends and kind != 0, {}
+
+
+gym.register("Clock-v0", Clock)
+
+
+@pytest.fixture
+def quiet(tmp_path):
+    return dict(runs_dir=str(tmp_path), eval_episodes=0, env_id="Clock-v0")
+
+
+def rollouts(module, monkeypatch, **flags):
+    """Trains and returns what each update was given, with the agent's statistics and log-probabilities at that time."""
+    seen = []
+    name = f"{module.__name__}_update"
+    update = getattr(module, name)
+
+    def spy(agent, optimizer, rollout, args, gradients):
+        count = agent.obs_statistics.count.item() if agent.obs_statistics else None
+        seen.append((rollout, count, {k: v.clone() for k, v in agent.state_dict().items()}))
+        return update(agent, optimizer, rollout, args, gradients)
+
+    monkeypatch.setattr(module, name, spy)
+    module.train(module.Args(**flags))
+    return seen
+
+
+@everywhere
+def test_transitions_are_whole_and_none_crosses_a_reset(module, monkeypatch, quiet):
+    Clock.made = 0
+    flags = dict(num_steps=16) if module is not reinforce else {}
+    if module is ppo:
+        flags["num_minibatches"] = 2
+    seen = rollouts(module, monkeypatch, num_envs=3, total_timesteps=600, norm_reward=False, **flags, **quiet)
+    kinds = set()
+    for rollout, _, _ in seen:
+        assert torch.equal(rollout.obs[..., 0], rollout.next_obs[..., 0])
+        assert torch.equal(rollout.obs[..., 1], rollout.next_obs[..., 1])
+        assert torch.equal(rollout.obs[..., 2] + 1, rollout.next_obs[..., 2])
+        assert torch.equal(rollout.reward, rollout.next_obs[..., 2])
+        number, episode, step = rollout.next_obs.unbind(-1)
+        ends = step == 2 + (episode + number) % 4
+        kind = (episode + number) % 3
+        assert torch.equal(rollout.done, ends)
+        assert torch.equal(rollout.terminated, ends & (kind != 1))
+        goes_on = ~rollout.done[:-1]
+        assert torch.equal(rollout.next_obs[:-1][goes_on], rollout.obs[1:][goes_on])
+        assert (rollout.obs[1:][~goes_on][:, 2] == 0).all()
+        kinds |= set(kind[ends].tolist())
+    assert kinds == {0, 1, 2}
+    if module is reinforce:  # whole episodes, from their first step
+        assert all((rollout.obs[0, :, 2] == 0).all() and rollout.done.any(0).all() for rollout, _, _ in seen)
+    else:  # and nothing is lost between two rollouts
+        for (before, _, _), (after, _, _) in zip(seen, seen[1:]):
+            goes_on = ~before.done[-1]
+            assert torch.equal(before.next_obs[-1][goes_on], after.obs[0][goes_on])
+
+
+@everywhere
+def test_statistics_grow_after_the_update(module, monkeypatch, quiet):
+    """So that the policy that is improved is the one that acted: n-th rollout, statistics of the n - 1 before."""
+    flags = dict(num_steps=8) if module is not reinforce else {}
+    seen = rollouts(module, monkeypatch, num_envs=2, total_timesteps=100, **flags, **quiet)
+    total = 0
+    for rollout, count, _ in seen:
+        assert count == total
+        total += rollout.reward.numel()
+
+
+@everywhere
+def test_rewards_are_scaled_over_rollouts_and_from_anew_after_a_checkpoint(module, monkeypatch, quiet):
+    flags = dict(num_steps=8) if module is not reinforce else {}
+    calls = []
+    forward = module.RewardScaler.forward
+
+    def spy(self, reward, done):
+        calls.append(np.array(self.running_return, dtype=np.float64).copy())
+        return forward(self, reward, done)
+
+    monkeypatch.setattr(module.RewardScaler, "forward", spy)
+    module.train(module.Args(num_envs=2, total_timesteps=160, checkpoint_every=64, **flags, **quiet))
+    assert len(calls) > 4
+    if module is not reinforce:
+        assert [c.any() for c in calls[:5]] == [False, True, True, True, False]
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+
+
+@everywhere
+def test_the_learning_rate_falls_linearly_by_steps(module, quiet):
+    flags = dict(num_steps=8) if module is not reinforce else {}
+    folder = module.train(
+        module.Args(num_envs=2, total_timesteps=160, log_every=1, learning_rate=0.5, **flags, **quiet)
+    )
+    before = 0
+    for row in rows(folder):
+        assert row["charts/learning_rate"] == pytest.approx(0.5 * (1 - before / 160))
+        before = row["global_step"]
+    folder = module.train(module.Args(total_timesteps=160, log_every=1, anneal_lr=False, learning_rate=0.5, **quiet))
+    assert {row["charts/learning_rate"] for row in rows(folder)} == {0.5}
+
+
+@everywhere
+def test_evaluation_leaves_the_agent_and_the_generators_alone(module):
+    args = module.Args(env_id="Pendulum-v1", eval_episodes=3)
+    envs = module.make_envs(args, 1)
+    agent = module.Agent(envs, args, torch.device("cpu"))
+    agent.obs_statistics.update(torch.randn(100, 3))
+    before = {k: v.clone() for k, v in agent.state_dict().items()}
+    states = torch.get_rng_state(), np.random.get_state()[1].copy()
+    first, second = module.evaluate(agent, args), module.evaluate(agent, args)
+    assert first == second
+    assert all(torch.equal(v, before[k]) for k, v in agent.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), states[0]) and (np.random.get_state()[1] == states[1]).all()
+
+
+@everywhere
+def test_evaluation_is_the_mean_over_one_whole_episode_in_each_environment(module, monkeypatch):
+    Clock.made = 0
+    args = module.Args(env_id="Clock-v0", eval_episodes=4)
+    agent = module.Agent(module.make_envs(args, 1), args, torch.device("cpu"))
+    Clock.made = 0
+    returns = [sum(range(1, 3 + n % 4)) for n in range(4)]
+    row = module.evaluate(agent, args)
+    assert row["eval/episodic_return"] == pytest.approx(np.mean(returns))
+    assert row["eval/episodic_return_std"] == pytest.approx(np.std(returns))
+    assert row["eval/episodes"] == 4
+
+
+@everywhere
+def test_evaluation_acts_without_exploration_on_other_seeds(module, monkeypatch):
+    args = module.Args(env_id="Pendulum-v1", eval_episodes=2)
+    envs = module.make_envs(args, 2)
+    agent = module.Agent(envs, args, torch.device("cpu"))
+    explored, seeds = set(), []
+    act, reset = agent.act, gym.vector.SyncVectorEnv.reset
+
+    def spy_act(obs, explore):
+        explored.add(explore)
+        return act(obs, explore)
+
+    def spy_reset(self, *, seed=None, options=None):
+        seeds.append(seed)
+        return reset(self, seed=seed, options=options)
+
+    agent.act = spy_act
+    monkeypatch.setattr(gym.vector.SyncVectorEnv, "reset", spy_reset)
+    module.reset(envs, args.seed, 0)
+    module.evaluate(agent, args)
+    assert explored == {False} and len(set(seeds)) == 2 and abs(seeds[0] - seeds[1]) > 1000
+
+
+@everywhere
+def test_reset_seeds_every_generator_from_seed_and_step(module):
+    import random
+
+    args = module.Args()
+    envs = module.make_envs(args, 2)
+
+    def draw(seed, step):
+        obs = module.reset(envs, seed, step)
+        return *obs.flatten(), random.random(), np.random.rand(), torch.rand(()).item(), *envs.action_space.sample()
+
+    assert draw(1, 0) == draw(1, 0)
+    others = [draw(seed, step) for seed, step in ((1, 0), (1, 1), (2, 0), (2, 1))]
+    for i in range(len(others[0]) - 2):  # the two sampled actions may agree by chance
+        assert len({other[i] for other in others}) == 4
