@@ -4,32 +4,36 @@
 # ///
 """REINFORCE, the Monte-Carlo policy gradient: play whole episodes, then make the actions that paid more likely.
 
-Takes one step along this gradient for each batch of N episodes (Williams 1992; E is the mean over the episodes):
+Takes one step along this gradient for each batch of N episodes (Williams 1992; the reward-to-go: Sutton et al. 2000):
 
     grad J(theta) = E[ sum_t (G_t - b_t) grad log pi(a_t|s_t) ]
     G_t           = r_t + gamma G_{t+1}                                the reward-to-go of the episode
     b_t           = 0                                                  with --baseline none
-                  = the mean G of the other episodes                   with --baseline mean
+                  = the mean G over all steps of the other episodes    with --baseline mean
                   = V(s_t), which learns to predict G_t                with --baseline value
 
-No baseline depends on the action that it judges, so each leaves the mean of the estimate as it is and takes noise away.
-With gamma = 1 that mean is exactly the gradient of the expected return. With gamma < 1 the factor gamma^t of the
-discounted return's gradient is left out, as in all common implementations: late steps count as much as early ones.
+E is the mean over the episodes, pi the policy with the parameters theta. No baseline depends on the action that it
+judges, so each leaves the mean of the estimate as it is and takes noise away. With gamma = 1 that mean is exactly the
+gradient of the expected return; with gamma < 1 the factor gamma^t of the discounted return's gradient is left out, as
+is common, so that late steps count as much as early ones. (--norm-reward only scales it.)
 
 G_t needs the end of the episode. Where a time limit cut it off (truncated, not terminated), V of the last state stands
 for the rest with --baseline value; the other two take the rest as 0: the time limit is then a part of the task.
 
 Williams 1992, "Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning", Machine
-Learning 8. The mean of the others as baseline: Kool et al. 2019, "Buy 4 REINFORCE Samples, Get a Baseline for Free!".
+Learning 8. Sutton et al. 2000, "Policy Gradient Methods for Reinforcement Learning with Function Approximation". The
+other episodes as baseline: Kool et al. 2019, "Buy 4 REINFORCE Samples, Get a Baseline for Free!".
 
     python reinforce.py                                              # CartPole-v1
     python reinforce.py --baseline none                              # the noise that a baseline takes away
     python reinforce.py --resume runs/FOLDER --capture-video         # film a finished run
 
-The diff to a2c.py is the critic: there V completes the return after a few steps, here the episode is played to its end.
+The diff to a2c.py is bootstrapping: there the critic completes a return after a few steps, here the episode is played
+to its end, and V is at most the baseline.
 """
 
 import importlib.util
+import io
 import json
 import math
 import os
@@ -39,9 +43,11 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from contextlib import closing
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -59,7 +65,7 @@ class Args:
     env_id: str = "CartPole-v1"  # Gymnasium's id of the environment; `module:Id` imports the module first
     seed: int = 1  # seed of every random generator
     total_timesteps: int = 300_000  # length of the training; a step is one transition of one environment
-    num_envs: int = 8  # environments that step together, and episodes in a batch: each plays one
+    num_envs: int = 8  # environments that step together; each plays one episode for a batch
     learning_rate: float = 2e-3  # step size of the optimizer
     gamma: float = 0.99  # discount factor
     device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"  # networks this small are fastest on the CPU
@@ -74,14 +80,14 @@ class Args:
     log_every: int = 2_000  # steps between two rows of metrics
     eval_episodes: int = 10  # episodes in an evaluation, all without exploration; 0 for no evaluation
     eval_every: int = 0  # steps between two evaluations; 0 for the one at the end only
-    checkpoint_every: int = 0  # steps between two checkpoints; 0 for none
+    checkpoint_every: int = 0  # steps between two checkpoints, each of which resets the environments; 0 for none
     resume: str = ""  # folder of a run to go on with; its flags hold, but for those given here that are not defaults
 
     baseline: Literal["none", "mean", "value"] = "value"  # what is taken from the reward-to-go
     anneal_lr: bool = True  # lower the learning rate linearly to zero
-    norm_obs: bool = True  # normalise observations by their running mean and deviation
-    norm_reward: bool = True  # divide rewards by the running deviation of the discounted return
-    init_log_std: float = 0.0  # first log deviation of a Gaussian policy; the action's bounds are -1 and 1
+    norm_obs: bool = True  # normalise observations by their running mean and standard deviation
+    norm_reward: bool = True  # divide rewards by the running standard deviation of the return
+    init_log_std: float = 0.0  # initial log standard deviation of a Gaussian policy, in units where bounds are +-1
 
 
 # ----- networks -------------------------------------------------------------------------------------------------------
@@ -105,9 +111,9 @@ class CategoricalPolicy(nn.Module):
         self.start = int(space.start)
 
     def forward(self, obs: Tensor, explore: bool) -> Tensor:
-        """Actions (B,) for obs (B, obs_dim): drawn from pi, or the likeliest ones."""
+        """Actions (B,) for obs (B, obs_dim): drawn from pi, or the most likely ones."""
         logits = self.net(obs)
-        if explore:  # the argmax of logits plus Gumbel noise is a draw from their softmax
+        if explore:  # with Gumbel noise the argmax is a draw from the softmax, faster than torch.distributions
             logits = logits - torch.empty_like(logits).exponential_().log_()
         return logits.argmax(-1)
 
@@ -123,9 +129,9 @@ class CategoricalPolicy(nn.Module):
 
 
 class GaussianPolicy(nn.Module):
-    """pi(a|s) over a Box: independent Gaussians; the network gives their means, their deviations are parameters.
+    """pi(a|s) over a Box: independent Gaussians, whose standard deviations are parameters, the same in every state.
 
-    An action of -1 or 1 is a bound of its dimension; `to_env` cuts off what lies beyond. Without bounds the unit is 1.
+    Actions are in units where the bounds of each dimension are -1 and 1; a dimension without bounds is left as it is.
     """
 
     def __init__(self, obs_dim: int, space: gym.spaces.Box, init_log_std: float):
@@ -135,28 +141,28 @@ class GaussianPolicy(nn.Module):
         self.space = space
         bounded = np.isfinite(space.low) & np.isfinite(space.high)
         low, high = np.where(bounded, space.low, -1), np.where(bounded, space.high, 1)
-        self.center, self.half_width = low / 2 + high / 2, high / 2 - low / 2
+        self.center, self.half_width = low / 2 + high / 2, high / 2 - low / 2  # halves first: sums may overflow
 
     def forward(self, obs: Tensor, explore: bool) -> Tensor:
-        """Actions (B, action_dim) for obs (B, obs_dim): drawn from pi, or the likeliest ones."""
+        """Actions (B, action_dim) for obs (B, obs_dim): drawn from pi, or the most likely ones."""
         mean = self.net(obs)
         return mean + self.log_std.exp() * torch.randn_like(mean) if explore else mean
 
     def log_prob(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """log pi(a|s) and the entropy H(pi(.|s)), both (B,), for obs (B, obs_dim) and action (B, action_dim)."""
-        deviations = (action - self.net(obs)) * (-self.log_std).exp()
-        log_prob = -(deviations.square() / 2 + self.log_std + math.log(2 * math.pi) / 2).sum(-1)
+        z = (action - self.net(obs)) * (-self.log_std).exp()
+        log_prob = -(z.square() / 2 + self.log_std + math.log(2 * math.pi) / 2).sum(-1)
         entropy = (self.log_std + (1 + math.log(2 * math.pi)) / 2).sum()
         return log_prob, entropy.expand_as(log_prob)
 
     def to_env(self, action: np.ndarray) -> np.ndarray:
-        """The actions (N, *shape) in the units and within the bounds of the environments."""
+        """The actions (N, *shape) in the units of the environments, cut off at their bounds."""
         action = self.center + self.half_width * action.reshape(-1, *self.space.shape)
         return action.clip(self.space.low, self.space.high).astype(self.space.dtype)
 
 
 class RunningStatistics(nn.Module):
-    """Mean and variance (size,) of all that `update` has seen; 0 and 1 before."""
+    """Mean and variance (size,) of everything seen so far; 0 and 1 before that."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -165,7 +171,7 @@ class RunningStatistics(nn.Module):
         self.register_buffer("count", torch.zeros(()))
 
     def update(self, x: Tensor) -> None:
-        """Joins the moments of x (B, size) with those so far (Chan, Golub and LeVeque 1979)."""
+        """Adds x (B, size): the moments of two joined samples (Chan, Golub and LeVeque 1979)."""
         var, mean = torch.var_mean(x, dim=0, correction=0)
         self.count += len(x)
         share = len(x) / self.count
@@ -174,13 +180,13 @@ class RunningStatistics(nn.Module):
 
 
 class RewardScaler(nn.Module):
-    """Divides rewards by the running deviation of the discounted return (Engstrom et al. 2020, arXiv 2005.12729)."""
+    """Divides rewards by the standard deviation of the discounted return (Engstrom et al. 2020, arXiv 2005.12729)."""
 
     def __init__(self, gamma: float):
         super().__init__()
         self.gamma = gamma
         self.statistics = RunningStatistics(1)
-        self.running_return = 0.0  # of the episodes that are under way, (N,)
+        self.running_return = 0.0  # of the episodes under way, (N,); whoever resets the environments sets it to 0
 
     def forward(self, reward: Tensor, done: Tensor) -> Tensor:
         """Rewards (T, N) in, rewards (T, N) out; the discounted return begins anew at both kinds of end."""
@@ -210,7 +216,7 @@ class Agent(nn.Module):
         self.to(device)
 
     def normalize(self, obs: Tensor) -> Tensor:
-        """Observations (B, obs_dim) as the networks take them, with --norm-obs cut off at 10 deviations."""
+        """Observations (B, obs_dim) as the networks take them; with --norm-obs cut off at 10 standard deviations."""
         if self.obs_statistics is None:
             return obs
         return ((obs - self.obs_statistics.mean) * (self.obs_statistics.var + 1e-8).rsqrt()).clamp(-10, 10)
@@ -246,9 +252,9 @@ class Rollout(NamedTuple):
 
 def stack(steps: list[tuple[np.ndarray, ...]], device: torch.device) -> Rollout:
     """T steps, each a tuple of arrays in the order of Rollout's fields, as one Rollout."""
-    dtypes = (torch.float32, None, torch.float32, torch.float32, torch.bool, torch.bool)
-    columns = zip(zip(*steps), dtypes)
-    return Rollout(*(torch.as_tensor(np.stack(column), dtype=dtype, device=device) for column, dtype in columns))
+    arrays = [np.stack(column) for column in zip(*steps)]
+    arrays = [x.astype(np.float32) if x.dtype == np.float64 else x for x in arrays]
+    return Rollout(*(torch.as_tensor(x, device=device) for x in arrays))
 
 
 # ----- algorithm ------------------------------------------------------------------------------------------------------
@@ -256,11 +262,11 @@ def stack(steps: list[tuple[np.ndarray, ...]], device: torch.device) -> Rollout:
 
 @torch.no_grad()
 def discounted_sum(x: Tensor, discount: Tensor) -> Tensor:
-    """y_t = x_t + discount_t y_{t+1} from the last row to the first, all (T, N)."""
+    """y_t = x_t + discount_t y_{t+1}, from the last row to the first, with 0 after the last; all (T, N)."""
     y = torch.empty_like(x)
     following = torch.zeros_like(x[0])
     for t in reversed(range(len(x))):
-        following = torch.addcmul(x[t], discount[t], following, out=y[t])
+        y[t] = following = x[t] + discount[t] * following
     return y
 
 
@@ -277,8 +283,8 @@ def mean_of_others(returns: Tensor, played: Tensor) -> Tensor:
     return (total.sum() - total) / (count.sum() - count)
 
 
-def reinforce_loss(agent: Agent, args: Args, batch: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
-    """What has -grad J(theta) as its gradient, and what the log shows of it, for the B steps of a batch (B, ...)."""
+def reinforce_loss(agent: Agent, args: Args, batch: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """What has -grad J(theta) as its gradient, and what the log shows of it, for B steps: tensors (B, ...)."""
     obs, action, advantage, target = batch
     log_prob, entropy = agent.log_prob(obs, action)
     policy_loss = -(log_prob * advantage).sum() / args.num_envs
@@ -287,11 +293,11 @@ def reinforce_loss(agent: Agent, args: Args, batch: tuple[Tensor, ...]) -> tuple
     if args.baseline == "value":
         value_loss = (agent.value(obs) - target).square().mean() / 2
         log["losses/value_loss"] = value_loss
-        loss = policy_loss + value_loss  # apart from each other: the networks share no parameter
+        loss = policy_loss + value_loss  # independent of each other: the networks share no parameter
     return loss, {name: x.detach() for name, x in log.items()}
 
 
-def reinforce_gradients(agent: Agent, args: Args, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
+def reinforce_gradients(agent: Agent, args: Args, batch: list[Tensor]) -> dict[str, Tensor]:
     """Leaves the gradient of `reinforce_loss` in the parameters' .grad; this is what --compile compiles."""
     loss, log = reinforce_loss(agent, args, batch)
     loss.backward()
@@ -300,29 +306,83 @@ def reinforce_gradients(agent: Agent, args: Args, batch: tuple[Tensor, ...]) -> 
 
 def reinforce_update(agent, optimizer, rollout: Rollout, args: Args, gradients=reinforce_gradients) -> dict[str, float]:
     """Takes one step along grad J(theta) on the first episode of each environment; returns what the loss logs."""
-    played = rollout.done.cumsum(0) - rollout.done.long() == 0
+    played = rollout.done.cumsum(0) - rollout.done.long() == 0  # no step before this one was done
     value = next_value = torch.zeros_like(rollout.reward)
     if args.baseline == "value":
         with torch.no_grad():
             value, next_value = agent.value(rollout.obs), agent.value(rollout.next_obs)
     target = reward_to_go(rollout, next_value, args.gamma)
-    baseline = mean_of_others(target, played) if args.baseline == "mean" else value
-    advantage = target - baseline
+    advantage = target - (mean_of_others(target, played) if args.baseline == "mean" else value)
+    batch = [x[played] for x in (rollout.obs, rollout.action, advantage, target)]
     optimizer.zero_grad()
-    log = gradients(agent, args, (rollout.obs[played], rollout.action[played], advantage[played], target[played]))
+    log = gradients(agent, args, batch)
     optimizer.step()
     means = torch.stack(list(log.values())).tolist()
     return dict(zip(log, means))
 
 
-# ----- plumbing, the same text in every script: read it once ----------------------------------------------------------
+# ----- training -------------------------------------------------------------------------------------------------------
 
 
-def require(condition: bool, message: str, code: int = 2) -> None:
-    """Ends the program with one line on stderr unless the condition holds; exit code 2 is for bad input."""
+def train(args: Args) -> Path:
+    """Trains an agent with REINFORCE; returns the run's folder."""
+    args, saved = load_run(args)
+    device = check_flags(args)
+    require(args.baseline != "mean" or args.num_envs > 1, "--baseline mean needs at least 2 environments")
+    envs = make_envs(args, args.num_envs)
+    taken = isinstance(envs.single_action_space, (gym.spaces.Discrete, gym.spaces.Box))
+    require(taken, f"{args.env_id}: actions must be Discrete or a Box, these are {envs.single_action_space}")
+
+    torch.manual_seed(args.seed)
+    agent = Agent(envs, args, device)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    gradients = compiled(reinforce_gradients, device) if args.compile else reinforce_gradients
+    with closing(envs), Run(args, saved, agent=agent, optimizer=optimizer) as run:
+        step = run.step
+        obs = reset(envs, args.seed, step)
+        while step < args.total_timesteps:
+            remaining = 1 - step / args.total_timesteps if args.anneal_lr else 1.0
+            optimizer.param_groups[0]["lr"] = remaining * args.learning_rate
+
+            # Play one whole episode in each of N environments; what is done early plays on, and that does not count.
+            steps, waiting = [], np.ones(args.num_envs, dtype=bool)
+            while waiting.any() and args.num_envs * len(steps) < args.total_timesteps:
+                action = agent.act(obs, explore=True)
+                next_obs, reward, terminated, truncated, infos = envs.step(agent.to_env(action))
+                done = terminated | truncated
+                steps.append((obs, action, reward, true_next_obs(next_obs, done, infos), terminated, done))
+                run.count_episodes(infos, waiting)
+                obs = next_obs
+                waiting &= ~done
+            step += args.num_envs * len(steps)
+
+            # Improve it, with rewards that are scaled by statistics of theirs too: no action depended on those.
+            rollout = stack(steps, device)
+            if args.norm_reward:
+                rollout = rollout._replace(reward=agent.reward_scaler(rollout.reward, rollout.done))
+            row = reinforce_update(agent, optimizer, rollout, args, gradients)
+            if args.norm_obs:  # not before the update, which must see the observations as the policy saw them
+                agent.obs_statistics.update(rollout.obs.flatten(0, 1))
+            saved = run.advance(step, row | {"charts/learning_rate": optimizer.param_groups[0]["lr"]})
+            obs = reset(envs, args.seed, step) if saved else envs.reset()[0]
+            if args.norm_reward:
+                agent.reward_scaler.running_return = 0.0
+        return run.finish()
+
+
+# ----- plumbing, the same text in every script: read it once or never -------------------------------------------------
+
+
+def fail(message: str, code: int = 2) -> None:
+    """Ends the program with one line on stderr; exit code 2 says that the input was bad."""
+    print(f"{Path(__file__).name}: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def require(condition: bool, message: str) -> None:
+    """Refuses bad input."""
     if not condition:
-        print(f"{Path(__file__).name}: error: {' '.join(message.split())}", file=sys.stderr)
-        raise SystemExit(code)
+        fail(message)
 
 
 def check_flags(args: Args) -> torch.device:
@@ -348,24 +408,28 @@ def compiled(function, device: torch.device):
 
 
 def make_envs(args: Args, num_envs: int, video: Path | None = None) -> gym.vector.SyncVectorEnv:
-    """Environments in lockstep, each reset in the step that ends its episode; `video` names films of the first one."""
+    """Environments in lockstep, each reset in the step that ends its episode; `video` names a film of the first one."""
 
-    def make_env(index: int) -> gym.Env:
-        film = video is not None and index == 0
+    def make_env(film: bool) -> gym.Env:
         env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if film else {}))
-        env, space = gym.wrappers.RecordEpisodeStatistics(env), env.observation_space
+        space = env.observation_space
         require(isinstance(space, gym.spaces.Box), f"{args.env_id}: observations must be a Box, these are {space}")
-        visible = "rgb_array" in env.metadata.get("render_modes", [])
-        require(visible or not args.capture_video, f"--capture-video: {args.env_id} cannot render to rgb_array")
+        env = gym.wrappers.RecordEpisodeStatistics(env)
         if film:
-            env = gym.wrappers.RecordVideo(env, str(video.parent), lambda episode: episode == 0, name_prefix=video.name)
+            with warnings.catch_warnings(action="ignore"):  # that the folder has films already
+                folder, name = str(video.parent), video.name
+                env = gym.wrappers.RecordVideo(env, folder, lambda episode: episode == 0, name_prefix=name)
         return env if len(space.shape) == 1 else gym.wrappers.FlattenObservation(env)
 
     try:
-        env_fns = [lambda index=index: make_env(index) for index in range(num_envs)]
-        return gym.vector.SyncVectorEnv(env_fns, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-    except (gym.error.Error, ImportError) as error:
-        require(False, f"--env-id {args.env_id}: {error}")
+        if args.capture_video and video is None:  # before the training: can it be filmed at all?
+            with closing(gym.make(args.env_id, render_mode="rgb_array")) as env:
+                env.reset()
+                require(isinstance(env.render(), np.ndarray), f"--capture-video: {args.env_id} does not render images")
+        fns = [partial(make_env, film=video is not None and index == 0) for index in range(num_envs)]
+        return gym.vector.SyncVectorEnv(fns, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    except Exception as error:
+        fail(f"--env-id {args.env_id}: {error}")
 
 
 def true_next_obs(next_obs: np.ndarray, done: np.ndarray, infos: dict) -> np.ndarray:
@@ -395,10 +459,10 @@ def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[st
     """Plays one episode in each of `eval_episodes` fresh environments without exploration, 100,000 steps at most."""
     returns, alive = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)
     with closing(make_envs(args, args.eval_episodes, video)) as envs:
-        obs, _ = envs.reset(seed=seed_for(args.seed, 0, 1))
+        obs, _ = envs.reset(seed=seed_for(args.seed, 0, 1))  # three numbers: no seed of the training
         for _ in range(100_000):
             obs, reward, terminated, truncated, _ = envs.step(agent.to_env(agent.act(obs, explore=False)))
-            returns += alive * reward
+            returns[alive] += reward[alive]
             alive &= ~(terminated | truncated)
             if not alive.any():
                 break
@@ -406,17 +470,22 @@ def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[st
     return {"eval/episodic_return": mean, "eval/episodic_return_std": std, "eval/episodes": args.eval_episodes}
 
 
-def write_file(path: Path, write) -> None:
-    """Calls write(file) on a file beside `path` and renames that: `path` is the old or the new file, never a part."""
-    part = path.with_name(path.name + ".part")
+def write_file(path: Path, content: str | dict) -> None:
+    """Writes text, or a dict with torch.save, aside and renames it: `path` is never a part of a file."""
+    data, part = io.BytesIO(), path.with_name(path.name + ".part")
+    if isinstance(content, str):
+        data.write(content.encode())
+    else:
+        torch.save(content, data)
     try:
         with part.open("wb") as file:
-            write(file)
+            file.write(data.getbuffer())
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # it must be on the disk before it gets its name
         part.replace(path)
-    finally:
+    except OSError as error:
         part.unlink(missing_ok=True)
+        fail(f"{path} cannot be written: {error}", code=1)
 
 
 def load_run(args: Args) -> tuple[Args, dict]:
@@ -424,24 +493,29 @@ def load_run(args: Args) -> tuple[Args, dict]:
     if not args.resume:
         return args, {"step": 0, "states": {}}
     folder, where = Path(args.resume), f"--resume {args.resume}:"
-    path = folder / "checkpoint.pt"
-    path = path if path.exists() else folder / "agent.pt"
+    name = "checkpoint.pt" if (folder / "checkpoint.pt").exists() else "agent.pt"
+    given = {f.name: getattr(args, f.name) for f in fields(Args) if getattr(args, f.name) != f.default}
     try:
         old = json.loads((folder / "args.json").read_text())
         script = old.pop("script")
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(folder / name, map_location="cpu", weights_only=True)
+        if name == "agent.pt":  # the training is over; all that is left is to evaluate
+            last_row = (folder / "metrics.jsonl").read_text().splitlines()[-1]
+            saved = {"step": json.loads(last_row)["global_step"], "states": {"agent": saved}}
+        saved["step"], saved["states"]["agent"]
     except FileNotFoundError as error:
-        require(False, f"{where} nothing to go on from, there is no {Path(error.filename).name}")
+        fail(f"{where} nothing to go on from, there is no {Path(error.filename).name}")
     except Exception as error:
-        require(False, f"{where} cannot be read, torn or not a run ({type(error).__name__})")
+        fail(f"{where} cannot be read, torn or not a run ({type(error).__name__})")
     require(script == Path(__file__).stem, f"{where} that is a run of {script}.py")
-    given = {f.name: getattr(args, f.name) for f in fields(Args) if getattr(args, f.name) != f.default}
-    for name in {"env_id", "seed"} & given.keys():
-        require(given[name] == old[name], f"{where} that is a run with --{name.replace('_', '-')} {old[name]}")
-    args = Args(**old | given)
-    if path.name == "agent.pt":  # the training is over; all that is left is to evaluate
-        require(args.total_timesteps <= old["total_timesteps"], f"{where} finished, without a checkpoint to go on from")
-        saved = {"step": args.total_timesteps, "states": {"agent": saved}}
+    for flag in ("env_id", "seed"):
+        require(
+            given.get(flag, old[flag]) == old[flag],
+            f"{where} that is a run with --{flag.replace('_', '-')} {old[flag]}",
+        )
+    args = Args(**{f.name: old.get(f.name, f.default) for f in fields(Args)} | given)
+    finished = name == "agent.pt" and args.total_timesteps <= saved["step"]
+    require(name == "checkpoint.pt" or finished, f"{where} finished, without a checkpoint to go on from")
     return args, saved
 
 
@@ -457,33 +531,35 @@ class Run:
         try:
             for name, state in saved["states"].items():
                 states[name].load_state_dict(state)
-        except (KeyError, ValueError, RuntimeError) as error:
-            require(False, f"--resume {self.folder}: the checkpoint does not fit: {error}")
+        except Exception as error:
+            fail(f"--resume {self.folder}: the checkpoint does not fit: {error}")
         self.wandb = self.start_wandb() if args.track else None
+        flags = {"script": script} | asdict(args) | {"resume": ""}
         try:
             self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
-            flags = json.dumps({"script": script} | asdict(replace(args, resume="")), indent=2)
-            write_file(self.folder / "args.json", lambda file: file.write(flags.encode()))
-            self.metrics = (self.folder / "metrics.jsonl").open("ab")
+            write_file(self.folder / "args.json", json.dumps(flags, indent=2))
+            self.metrics = (self.folder / "metrics.jsonl").open("ab", buffering=0)
+            if self.step < args.total_timesteps:  # what came after the checkpoint will be done and logged again
+                self.metrics.truncate(min(self.metrics.tell(), saved.get("metrics_bytes", 0)))
         except OSError as error:
-            require(False, f"the run's folder cannot be written: {error}")
-        if self.step < args.total_timesteps:  # what came after the checkpoint will be done and logged again
-            self.metrics.truncate(min(self.metrics.tell(), saved.get("metrics_bytes", 0)))
-        print(f"{self.folder}: {script} on {args.env_id} from step {self.step:,} to {args.total_timesteps:,}")
+            fail(f"the run's folder cannot be written: {error}")
+        print(
+            f"{self.folder}: {script} on {args.env_id} from step {self.step:,} to {args.total_timesteps:,}", flush=True
+        )
         self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit=" steps", unit_scale=True, disable=None)
         self.returns, self.lengths = [], []
         self.row_step, self.row_time = self.step, time.perf_counter()
 
     def start_wandb(self):
         """The run on Weights & Biases, by the name of the folder; WANDB_MODE says whether online or offline."""
-        args, name = self.args, self.folder.name
+        args, name = self.args, self.folder.resolve().name
         where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "group": args.wandb_group}
         try:
             import wandb
 
             run = wandb.init(**where, name=name, id=name, resume="allow", config=asdict(args))
         except Exception as error:
-            require(False, f"--track: {error} (`wandb login` once, or set WANDB_MODE=offline)")
+            fail(f"--track: {error} (`wandb login` once, or set WANDB_MODE=offline)")
         run.define_metric("global_step")
         run.define_metric("*", step_metric="global_step")
         return run
@@ -495,19 +571,21 @@ class Run:
         return self
 
     def on_signal(self, number: int, frame) -> None:
-        """Ctrl-C and SIGTERM end the run after this turn of the loop; a second one ends it at once."""
+        """Ctrl-C and SIGTERM end the run after this iteration; a second one ends it at once."""
         self.signal = number
+        self.restore_handlers()
+
+    def restore_handlers(self) -> None:
+        """Gives the signals back to whoever had them before the run."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
     def __exit__(self, kind, error, traceback) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        self.restore_handlers()
         self.bar.close()
         self.metrics.close()
         if self.wandb:
             self.wandb.finish(exit_code=0 if error is None else 1)
-        require(not isinstance(error, OSError), f"{error}, at step {self.step:,}; {self.rescue()}", code=1)
         if isinstance(error, Exception):
             error.add_note(f"It ended the run at step {self.step:,}; {self.rescue()}")
 
@@ -516,39 +594,39 @@ class Run:
         there = (self.folder / "checkpoint.pt").exists()
         return f"--resume {self.folder} goes on from its last checkpoint" if there else "there is no checkpoint"
 
-    def count_episodes(self, infos: dict) -> None:
-        """Notes the return and length of the episodes that ended in this step."""
+    def count_episodes(self, infos: dict, counted: np.ndarray | bool = True) -> None:
+        """Notes the return and length of each episode that ended in this step, of the environments `counted` only."""
         if "final_info" in infos:
-            ended, episode = infos["final_info"]["_episode"], infos["final_info"]["episode"]
+            episode, ended = infos["final_info"]["episode"], infos["final_info"]["_episode"] & counted
             self.returns.extend(episode["r"][ended].tolist())
             self.lengths.extend(episode["l"][ended].tolist())
 
     def log(self, row: dict) -> None:
-        """Writes a row to metrics.jsonl, at once, and to W&B."""
-        self.metrics.write(json.dumps(row).encode() + b"\n")
-        self.metrics.flush()
+        """Writes a row to metrics.jsonl, at once and whole, and to W&B."""
+        line, before = json.dumps(row).encode() + b"\n", self.metrics.tell()
+        try:
+            if self.metrics.write(line) < len(line):
+                self.metrics.truncate(before)
+                raise OSError("no space left for a row")
+        except OSError as error:
+            fail(f"{self.metrics.name} cannot be written at step {self.step:,}: {error}; {self.rescue()}", code=1)
         if self.wandb:
             self.wandb.log(row)
 
-    def turn(self, step: int, row: dict[str, float]) -> bool:
-        """Ends a turn of the loop with the row, evaluation and checkpoint that are due.
+    def advance(self, step: int, row: dict[str, float]) -> bool:
+        """Moves the run on to `step`: writes the row, the evaluation and the checkpoint that are due.
 
         True if there was a checkpoint: then the environments must be `reset`, as they are when a run goes on from it.
         """
-        args, agent = self.args, self.states["agent"]
-        finished = step >= args.total_timesteps
+        args, stopping, finished = self.args, self.signal is not None, step >= self.args.total_timesteps
         log, evaluation, checkpoint = (
             every > 0 and (finished or step // every > self.step // every)
             for every in (args.log_every, args.eval_every, args.checkpoint_every)
         )
-        checkpoint |= self.signal is not None
-        broken = [name for name, x in row.items() if not math.isfinite(x)]
-        if checkpoint or finished:
-            broken += [name for name, x in agent.state_dict().items() if not x.isfinite().all()]
-        hint = "a smaller --learning-rate may help"
-        require(not broken, f"{' '.join(broken[:1])} is not finite at step {step:,}; {hint}; {self.rescue()}", code=1)
+        checkpoint |= stopping or (finished and (self.folder / "checkpoint.pt").exists())
         self.bar.update(step - self.step)
         self.step = step
+        self.check_finite(row, weights=checkpoint or finished)
         if log or checkpoint:
             row |= {"global_step": step, "charts/episodes": len(self.returns)}
             row["charts/SPS"] = (step - self.row_step) / (time.perf_counter() - self.row_time)
@@ -558,21 +636,32 @@ class Run:
                 self.bar.set_postfix_str(f"return {row['charts/episodic_return']:.1f}")
             self.log(row)
             self.returns, self.lengths = [], []
-        if evaluation and not finished:
+        if evaluation and not finished and not stopping:
             self.evaluate()
-        if log or checkpoint or evaluation:
-            self.row_step, self.row_time = step, time.perf_counter()
         if checkpoint:
             states = {name: state.state_dict() for name, state in self.states.items()}
             saved = {"step": step, "metrics_bytes": self.metrics.tell(), "states": states}
-            write_file(self.folder / "checkpoint.pt", lambda file: torch.save(saved, file))
-        if self.signal is not None and not finished:
+            write_file(self.folder / "checkpoint.pt", saved)
+        if stopping and not finished:
             print(f"Stopped at step {step:,}; {self.rescue()}")
             raise SystemExit(128 + self.signal)
+        if log or checkpoint or evaluation:
+            self.row_step, self.row_time = step, time.perf_counter()
         return checkpoint
+
+    def check_finite(self, row: dict[str, float], weights: bool) -> None:
+        """Ends the run if a loss, or with `weights` the agent, is NaN or infinite: no checkpoint holds such a one."""
+        bad = [name for name, x in row.items() if not math.isfinite(x)]
+        if weights:
+            bad += [name for name, x in self.states["agent"].state_dict().items() if not x.isfinite().all()]
+        if bad:
+            hint = "if the observations and rewards are finite, a smaller --learning-rate may help"
+            fail(f"{bad[0]} is not finite at step {self.step:,}; {hint}; {self.rescue()}", code=1)
 
     def evaluate(self) -> None:
         """Logs an evaluation of the agent as it is now, with --capture-video a film too."""
+        if self.args.eval_episodes == 0:
+            return
         video = self.folder / "videos" / f"step-{self.step}" if self.args.capture_video else None
         row = {"global_step": self.step} | evaluate(self.states["agent"], self.args, video)
         self.log(row)
@@ -586,62 +675,10 @@ class Run:
 
     def finish(self) -> Path:
         """Saves and evaluates the trained agent; returns the run's folder."""
-        agent = self.states["agent"].state_dict()
-        write_file(self.folder / "agent.pt", lambda file: torch.save(agent, file))
-        if self.args.eval_episodes > 0:
-            self.evaluate()
+        write_file(self.folder / "agent.pt", self.states["agent"].state_dict())
+        self.bar.close()
+        self.evaluate()
         return self.folder
-
-
-# ----- training -------------------------------------------------------------------------------------------------------
-
-
-def train(args: Args) -> Path:
-    """Trains an agent with REINFORCE; returns the run's folder."""
-    args, saved = load_run(args)
-    device = check_flags(args)
-    require(args.baseline != "mean" or args.num_envs > 1, "--baseline mean needs at least 2 environments")
-    envs = make_envs(args, args.num_envs)
-    taken = isinstance(envs.single_action_space, (gym.spaces.Discrete, gym.spaces.Box))
-    require(taken, f"{args.env_id}: actions must be Discrete or a Box, these are {envs.single_action_space}")
-
-    torch.manual_seed(args.seed)
-    agent = Agent(envs, args, device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
-    gradients = compiled(reinforce_gradients, device) if args.compile else reinforce_gradients
-    with closing(envs), Run(args, saved, agent=agent, optimizer=optimizer) as run:
-        step = run.step
-        obs = reset(envs, args.seed, step)
-        while step < args.total_timesteps:
-            if args.anneal_lr:
-                optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - step / args.total_timesteps)
-
-            # Run the policy as it is for a whole episode in each of N environments; who is done first plays on unheard.
-            steps = []
-            obs, _ = envs.reset()
-            waiting = np.ones(args.num_envs, dtype=bool)
-            while waiting.any() and len(steps) < args.total_timesteps:
-                action = agent.act(obs, explore=True)
-                next_obs, reward, terminated, truncated, infos = envs.step(agent.to_env(action))
-                done = terminated | truncated
-                steps.append((obs, action, reward, true_next_obs(next_obs, done, infos), terminated, done))
-                run.count_episodes(infos)
-                obs = next_obs
-                waiting &= ~done
-            step += args.num_envs * len(steps)
-
-            # Improve it.
-            rollout = stack(steps, device)
-            if args.norm_reward:
-                rollout = rollout._replace(reward=agent.reward_scaler(rollout.reward, rollout.done))
-            row = reinforce_update(agent, optimizer, rollout, args, gradients)
-            if args.norm_obs:  # only now: the policy that was improved is the one that acted
-                agent.obs_statistics.update(rollout.obs.flatten(0, 1))
-            if run.turn(step, row | {"charts/learning_rate": optimizer.param_groups[0]["lr"]}):
-                obs = reset(envs, args.seed, step)
-                if args.norm_reward:
-                    agent.reward_scaler.running_return = 0.0
-        return run.finish()
 
 
 if __name__ == "__main__":

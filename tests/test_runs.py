@@ -148,6 +148,13 @@ def test_the_seed_decides_every_number(script, env_id, here):
     assert all(row not in rows(first) for row in rows(other))
 
 
+@each_script
+def test_the_seed_decides_the_first_weights(script, here):
+    agents = (train(script, *flags(script, "--learning-rate", "1e-30", "--seed", seed)) / "agent.pt" for seed in "14")
+    first, other = (torch.load(path, weights_only=True) for path in agents)
+    assert not any(torch.equal(x, other[name]) for name, x in first.items() if x.dim() == 2)
+
+
 @pytest.mark.parametrize("eval_every", ("0", "600"))
 @each_script_with(discrete=("SignalsCartPole",), box=("SignalsPendulum",))
 def test_a_killed_run_resumed_ends_bit_for_bit_where_the_uninterrupted_one_ends(script, env_id, eval_every, here):
