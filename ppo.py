@@ -46,7 +46,7 @@ import threading
 import time
 import warnings
 from contextlib import closing
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -82,7 +82,7 @@ class Args:
     eval_episodes: int = 10  # episodes in an evaluation, all without exploration; 0 for no evaluation
     eval_every: int = 0  # steps between two evaluations; 0 for the one at the end only
     checkpoint_every: int = 0  # steps between two checkpoints, each of which resets the environments; 0 for none
-    resume: str = ""  # folder of a run to go on with; its flags hold, but for those given here that are not defaults
+    resume: str = ""  # folder of a run to go on with; its flags hold, but for those given here
 
     num_steps: int = 128  # steps of each environment in a rollout
     gae_lambda: float = 0.95  # lambda of GAE; 1 makes it the n-step return
@@ -161,9 +161,10 @@ class GaussianPolicy(nn.Module):
 
     def log_prob(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """log pi(a|s) and the entropy H(pi(.|s)), both (B,), for obs (B, obs_dim) and action (B, action_dim)."""
-        z = (action - self.net(obs)) * (-self.log_std).exp()
-        log_prob = -(z.square() / 2 + self.log_std + math.log(2 * math.pi) / 2).sum(-1)
-        entropy = (self.log_std + (1 + math.log(2 * math.pi)) / 2).sum()
+        z = (action - self.net(obs)) / self.log_std.exp()
+        log_scale = self.log_std.sum() + len(self.log_std) * math.log(2 * math.pi) / 2
+        log_prob = -z.square().sum(-1) / 2 - log_scale
+        entropy = log_scale + len(self.log_std) / 2
         return log_prob, entropy.expand_as(log_prob)
 
     def to_env(self, action: np.ndarray) -> np.ndarray:
@@ -235,7 +236,7 @@ class Agent(nn.Module):
     @torch.inference_mode()
     def act(self, obs: np.ndarray, explore: bool) -> np.ndarray:
         """Actions (N,) or (N, action_dim) for obs (N, obs_dim); `to_env` gives them to the environments."""
-        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.device)
+        obs = torch.from_numpy(obs.astype(np.float32)).to(self.device)
         return self.policy(self.normalize(obs), explore).cpu().numpy()
 
     def log_prob(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
@@ -308,14 +309,15 @@ def ppo_loss(agent: Agent, args: Args, batch: list[Tensor]) -> tuple[Tensor, dic
 
     entropy = entropy.mean()
     loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
-    log = {
-        "losses/policy_loss": policy_loss,
-        "losses/value_loss": value_loss,
-        "losses/entropy": entropy,
-        "losses/old_approx_kl": -log_ratio.mean(),
-        "losses/approx_kl": (ratio - 1 - log_ratio).mean(),  # also KL(pi_old || pi) in the mean, never < 0
-        "losses/clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
-    }
+    with torch.no_grad():
+        log = {
+            "losses/policy_loss": policy_loss,
+            "losses/value_loss": value_loss,
+            "losses/entropy": entropy,
+            "losses/old_approx_kl": -log_ratio.mean(),
+            "losses/approx_kl": (ratio - 1 - log_ratio).mean(),  # also KL(pi_old || pi) in the mean, never < 0
+            "losses/clipfrac": (ratio != clipped_ratio).float().mean(),
+        }
     return loss, {name: x.detach() for name, x in log.items()}
 
 
@@ -453,15 +455,21 @@ def make_envs(args: Args, num_envs: int, video: Path | None = None) -> gym.vecto
                 env = gym.wrappers.RecordVideo(env, folder, lambda episode: episode == 0, name_prefix=name)
         return env if len(space.shape) == 1 else gym.wrappers.FlattenObservation(env)
 
+    about = f"--env-id {args.env_id}"
     try:
-        if args.capture_video and video is None:  # before the training: can it be filmed at all?
-            with closing(gym.make(args.env_id, render_mode="rgb_array")) as env:
-                env.reset()
-                require(isinstance(env.render(), np.ndarray), f"--capture-video: {args.env_id} does not render images")
         fns = [partial(make_env, film=video is not None and index == 0) for index in range(num_envs)]
-        return gym.vector.SyncVectorEnv(fns, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+        envs = gym.vector.SyncVectorEnv(fns, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+        if args.capture_video and video is None:  # can it be filmed at all? better to know before the training
+            about = f"--capture-video: {args.env_id} cannot be rendered to rgb_array here"
+            with (
+                warnings.catch_warnings(action="ignore"),
+                closing(gym.make(args.env_id, render_mode="rgb_array")) as env,
+            ):
+                env.reset()
+                require(isinstance(env.render(), np.ndarray), about)
+        return envs
     except Exception as error:
-        fail(f"--env-id {args.env_id}: {error}")
+        fail(f"{about}: {error}")
 
 
 def true_next_obs(next_obs: np.ndarray, done: np.ndarray, infos: dict) -> np.ndarray:
@@ -526,10 +534,11 @@ def load_run(args: Args) -> tuple[Args, dict]:
         return args, {"step": 0, "states": {}}
     folder, where = Path(args.resume), f"--resume {args.resume}:"
     name = "checkpoint.pt" if (folder / "checkpoint.pt").exists() else "agent.pt"
-    given = {f.name: getattr(args, f.name) for f in fields(Args) if getattr(args, f.name) != f.default}
     try:
-        old = json.loads((folder / "args.json").read_text())
-        script = old.pop("script")
+        flags = json.loads((folder / "args.json").read_text())
+        script = flags.pop("script")
+        require(script == Path(__file__).stem, f"{where} that is a run of {script}.py")
+        old = Args(**flags | {"resume": args.resume})
         saved = torch.load(folder / name, map_location="cpu", weights_only=True)
         if name == "agent.pt":  # the training is over; all that is left is to evaluate
             last_row = (folder / "metrics.jsonl").read_text().splitlines()[-1]
@@ -539,13 +548,13 @@ def load_run(args: Args) -> tuple[Args, dict]:
         fail(f"{where} nothing to go on from, there is no {Path(error.filename).name}")
     except Exception as error:
         fail(f"{where} cannot be read, torn or not a run ({type(error).__name__})")
-    require(script == Path(__file__).stem, f"{where} that is a run of {script}.py")
-    for flag in ("env_id", "seed"):
-        require(
-            given.get(flag, old[flag]) == old[flag],
-            f"{where} that is a run with --{flag.replace('_', '-')} {old[flag]}",
-        )
-    args = Args(**{f.name: old.get(f.name, f.default) for f in fields(Args)} | given)
+    if __name__ == "__main__":  # read the command line again: what it does not name is as the run had it
+        args = tyro.cli(Args, default=old)
+    else:
+        given = {f.name: getattr(args, f.name) for f in fields(Args) if getattr(args, f.name) != f.default}
+        args = replace(old, **given)
+    same = (args.env_id, args.seed) == (old.env_id, old.seed)
+    require(same, f"{where} that is a run with --env-id {old.env_id} --seed {old.seed}")
     finished = name == "agent.pt" and args.total_timesteps <= saved["step"]
     require(name == "checkpoint.pt" or finished, f"{where} finished, without a checkpoint to go on from")
     return args, saved
@@ -656,7 +665,7 @@ class Run:
             for every in (args.log_every, args.eval_every, args.checkpoint_every)
         )
         checkpoint |= stopping or (finished and (self.folder / "checkpoint.pt").exists())
-        self.bar.update(step - self.step)
+        self.bar.update(min(step, args.total_timesteps) - self.bar.n)
         self.step = step
         self.check_finite(row, weights=checkpoint or finished)
         if log or checkpoint:

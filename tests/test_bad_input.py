@@ -1,4 +1,4 @@
-"""What bad input and bad luck get: one clear line, the right exit code, and nothing lost or left behind (DESIGN 7)."""
+"""What bad input and bad luck get: one clear line, the right exit code, and nothing lost or left behind."""
 
 import importlib
 import json
@@ -214,10 +214,20 @@ def test_flags_that_cannot_be_read_are_refused(stopped, not_resumed, text):
     not_resumed(script, folder)
 
 
-def test_flags_that_the_script_does_not_have_are_refused(stopped, not_resumed):
+def test_a_run_from_before_a_flag_was_there_has_its_default(stopped):
     script, folder = stopped
     old = json.loads((folder / "args.json").read_text())
-    (folder / "args.json").write_text(json.dumps(old | {"no_such_flag": 1}))
+    del old["gamma"]
+    (folder / "args.json").write_text(json.dumps(old))
+    train(script, "--resume", folder)
+    assert (folder / "agent.pt").exists()
+    assert json.loads((folder / "args.json").read_text())["gamma"] == importlib.import_module(script).Args.gamma
+
+
+def test_a_run_with_a_flag_that_the_script_does_not_have_is_refused(stopped, not_resumed):
+    script, folder = stopped
+    old = json.loads((folder / "args.json").read_text())
+    (folder / "args.json").write_text(json.dumps(old | {"a_flag_of_once": 1}))
     not_resumed(script, folder)
 
 
@@ -307,25 +317,22 @@ def test_an_environment_that_raises_ends_the_run_with_its_message_and_the_way_on
 
 @each_script
 def test_a_full_disk_costs_the_checkpoint_in_hand_and_no_more(script, refused, here, monkeypatch):
-    save, saved = torch.save, []
+    first, fsync = [], os.fsync
 
-    def save_once(state, file):
-        if saved:
-            file.write(b"a part")
+    def full_after_the_first(file):
+        for path in here.glob("runs/*/checkpoint.pt"):
+            first.append(path.read_bytes())
             raise OSError(28, "No space left on device")
-        saved.append(state["step"])
-        save(state, file)
+        fsync(file)
 
-    monkeypatch.setattr(torch, "save", save_once)
-    line = refused(script, *flags(script, "--checkpoint-every", "500"), code=1)
-    assert "No space left on device" in line and "--resume" in line
-    folder = only_run(here)
-    assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == saved[0]
-    assert {path.name for path in folder.iterdir()} == {"args.json", "metrics.jsonl", "checkpoint.pt"}
-    monkeypatch.undo()
-    os.chdir(here)
-    train(script, "--resume", folder)
-    assert (folder / "agent.pt").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full_after_the_first)
+        line = refused(script, *flags(script, "--checkpoint-every", "500"), code=1)
+    assert "No space left on device" in line and "checkpoint.pt" in line
+    left = contents(only_run(here))
+    assert left.keys() == {"args.json", "metrics.jsonl", "checkpoint.pt"} and left["checkpoint.pt"] == first[0]
+    train(script, "--resume", only_run(here))
+    assert (only_run(here) / "agent.pt").exists()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")

@@ -44,6 +44,10 @@ class Clock(gym.Env):
 gym.register("Clock-v0", Clock)
 
 
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+
+
 @pytest.fixture
 def quiet(tmp_path):
     return dict(runs_dir=str(tmp_path), eval_episodes=0, env_id="Clock-v0")
@@ -101,31 +105,40 @@ def test_statistics_grow_after_the_update(module, monkeypatch, quiet):
     """So that the policy that is improved is the one that acted: n-th rollout, statistics of the n - 1 before."""
     flags = dict(num_steps=8) if module is not reinforce else {}
     seen = rollouts(module, monkeypatch, num_envs=2, total_timesteps=100, **flags, **quiet)
-    total = 0
-    for rollout, count, _ in seen:
-        assert count == total
-        total += rollout.reward.numel()
+    before = []
+    for rollout, count, state in seen:
+        assert count == sum(map(len, before))
+        if before:
+            torch.testing.assert_close(state["obs_statistics.mean"], torch.cat(before).mean(0))
+        before.append(rollout.obs.flatten(0, 1))
 
 
 @everywhere
-def test_rewards_are_scaled_over_rollouts_and_from_anew_after_a_checkpoint(module, monkeypatch, quiet):
+def test_the_running_return_goes_on_over_rollouts_and_begins_anew_where_the_environments_do(module, monkeypatch, quiet):
+    """After each checkpoint; in REINFORCE, which resets them for each batch, always."""
     flags = dict(num_steps=8) if module is not reinforce else {}
-    calls = []
+    carried = []
     forward = module.RewardScaler.forward
 
     def spy(self, reward, done):
-        calls.append(np.array(self.running_return, dtype=np.float64).copy())
+        carried.append(torch.as_tensor(self.running_return).any().item())
         return forward(self, reward, done)
 
     monkeypatch.setattr(module.RewardScaler, "forward", spy)
     module.train(module.Args(num_envs=2, total_timesteps=160, checkpoint_every=64, **flags, **quiet))
-    assert len(calls) > 4
-    if module is not reinforce:
-        assert [c.any() for c in calls[:5]] == [False, True, True, True, False]
+    assert len(carried) > 4
+    expected = [False, True, True, True] if module is not reinforce else [False]
+    assert carried == (expected * len(carried))[: len(carried)]
 
 
-def rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+def test_reinforce_counts_the_episodes_that_it_learns_from(quiet):
+    """One of each environment in a batch; what one plays while it waits for the others is no sample of its episodes."""
+    Clock.made = 0
+    folder = reinforce.train(reinforce.Args(num_envs=3, total_timesteps=600, log_every=1, **quiet))
+    found = rows(folder)
+    assert len(found) > 10
+    for row in found:
+        assert row["charts/episodes"] == 3
 
 
 @everywhere
@@ -139,6 +152,7 @@ def test_the_learning_rate_falls_linearly_by_steps(module, quiet):
         assert row["charts/learning_rate"] == pytest.approx(0.5 * (1 - before / 160))
         before = row["global_step"]
     folder = module.train(module.Args(total_timesteps=160, log_every=1, anneal_lr=False, learning_rate=0.5, **quiet))
+    assert rows(folder)
     assert {row["charts/learning_rate"] for row in rows(folder)} == {0.5}
 
 
