@@ -424,8 +424,12 @@ def make_envs(args: Args, num_envs: int, video: Path | None = None) -> gym.vecto
                 env = gym.wrappers.RecordVideo(env, folder, lambda episode: episode == 0, name_prefix=name)
         return env if len(space.shape) == 1 else gym.wrappers.FlattenObservation(env)
 
-    about = f"--env-id {args.env_id}"
+    spec, about = gym.registry.get(args.env_id), f"--env-id {args.env_id}"
     try:
+        if spec and "mujoco" in str(spec.entry_point):  # whose compiler warns of its own models, once for each of them
+            import mujoco
+
+            mujoco.set_mju_user_warning(lambda text: None if "settotalmass" in text else print(text, file=sys.stderr))
         fns = [partial(make_env, film=video is not None and index == 0) for index in range(num_envs)]
         envs = gym.vector.SyncVectorEnv(fns, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
         if args.capture_video and video is None:  # can it be filmed at all? better to know before the training
