@@ -129,7 +129,7 @@ class CategoricalPolicy(nn.Module):
         return logits.argmax(-1)
 
     def log_prob(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        """log pi(a|s) and the entropy H(pi(.|s)), both (B,), for obs (B, obs_dim) and action (B,)."""
+        """log pi(a|s) and the entropy H(pi(.|s)), both (...), for obs (..., obs_dim) and action (...)."""
         log_probs = self.net(obs).log_softmax(-1)
         entropy = -(log_probs.exp() * log_probs).sum(-1)
         return log_probs.gather(-1, action.unsqueeze(-1)).squeeze(-1), entropy
@@ -160,7 +160,7 @@ class GaussianPolicy(nn.Module):
         return mean + self.log_std.exp() * torch.randn_like(mean) if explore else mean
 
     def log_prob(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        """log pi(a|s) and the entropy H(pi(.|s)), both (B,), for obs (B, obs_dim) and action (B, action_dim)."""
+        """log pi(a|s) and the entropy H(pi(.|s)), both (...), for obs (..., obs_dim) and action (..., action_dim)."""
         z = (action - self.net(obs)) / self.log_std.exp()
         log_scale = self.log_std.sum() + len(self.log_std) * math.log(2 * math.pi) / 2
         log_prob = -z.square().sum(-1) / 2 - log_scale
@@ -228,7 +228,7 @@ class Agent(nn.Module):
         self.to(device)
 
     def normalize(self, obs: Tensor) -> Tensor:
-        """Observations (B, obs_dim) as the networks take them; with --norm-obs cut off at 10 standard deviations."""
+        """Observations (..., obs_dim) as the networks take them; with --norm-obs cut off at 10 standard deviations."""
         if self.obs_statistics is None:
             return obs
         return ((obs - self.obs_statistics.mean) * (self.obs_statistics.var + 1e-8).rsqrt()).clamp(-10, 10)
@@ -240,11 +240,11 @@ class Agent(nn.Module):
         return self.policy(self.normalize(obs), explore).cpu().numpy()
 
     def log_prob(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        """log pi(a|s) and the entropy H(pi(.|s)), both (B,)."""
+        """log pi(a|s) and the entropy H(pi(.|s)), both (...), for obs (..., obs_dim) and their actions."""
         return self.policy.log_prob(self.normalize(obs), action)
 
     def value(self, obs: Tensor) -> Tensor:
-        """V(s) (B,) for obs (B, obs_dim)."""
+        """V(s) (...) for obs (..., obs_dim)."""
         return self.critic(self.normalize(obs)).squeeze(-1)
 
 
@@ -264,9 +264,9 @@ class Rollout(NamedTuple):
 
 def stack(steps: list[tuple[np.ndarray, ...]], device: torch.device) -> Rollout:
     """T steps, each a tuple of arrays in the order of Rollout's fields, as one Rollout."""
-    arrays = [np.stack(column) for column in zip(*steps)]
-    arrays = [x.astype(np.float32) if x.dtype == np.float64 else x for x in arrays]
-    return Rollout(*(torch.as_tensor(x, device=device) for x in arrays))
+    obs, action, reward, next_obs, terminated, done = (np.stack(column) for column in zip(*steps))
+    obs, reward, next_obs = (x.astype(np.float32) for x in (obs, reward, next_obs))
+    return Rollout(*(torch.from_numpy(x).to(device) for x in (obs, action, reward, next_obs, terminated, done)))
 
 
 # ----- algorithm ------------------------------------------------------------------------------------------------------
@@ -314,7 +314,7 @@ def ppo_loss(agent: Agent, args: Args, batch: list[Tensor]) -> tuple[Tensor, dic
         "losses/value_loss": value_loss,
         "losses/entropy": entropy,
         "losses/old_approx_kl": -log_ratio.mean(),
-        "losses/approx_kl": (ratio - 1 - log_ratio).mean(),  # also KL(pi_old || pi) in the mean, never < 0
+        "losses/approx_kl": (ratio - 1 - log_ratio).mean(),  # both estimate KL(pi_old || pi), this is never < 0
         "losses/clipfrac": (ratio != clipped_ratio).float().mean(),
     }
     return loss, {name: x.detach() for name, x in log.items()}
@@ -361,8 +361,10 @@ def train(args: Args) -> Path:
         require(getattr(args, name) > 0, f"--{name.replace('_', '-')} must be above 0")
     require(0 <= args.gae_lambda <= 1, "--gae-lambda must lie between 0 and 1")
     batch_size = args.num_envs * args.num_steps
-    require(batch_size % args.num_minibatches == 0, f"{batch_size} steps do not make that many equal minibatches")
-    require(batch_size > args.num_minibatches, "a minibatch needs at least 2 steps")
+    require(
+        batch_size % args.num_minibatches == 0, f"--num-minibatches must divide the {batch_size} steps of a rollout"
+    )
+    require(batch_size > args.num_minibatches, "--num-minibatches must leave at least 2 steps to a minibatch")
     envs = make_envs(args, args.num_envs)
     taken = isinstance(envs.single_action_space, (gym.spaces.Discrete, gym.spaces.Box))
     require(taken, f"{args.env_id}: actions must be Discrete or a Box, these are {envs.single_action_space}")
@@ -389,12 +391,12 @@ def train(args: Args) -> Path:
                 obs = next_obs
             step += batch_size
 
-            # Improve it, with rewards that are scaled by statistics of theirs too: no action depended on those.
+            # Learn from them. The rewards may be scaled by statistics that include them: no action depended on those.
             rollout = stack(steps, device)
             if args.norm_reward:
                 rollout = rollout._replace(reward=agent.reward_scaler(rollout.reward, rollout.done))
             row = ppo_update(agent, optimizer, rollout, args, gradients)
-            if args.norm_obs:  # not before the update, which must see the observations as the policy saw them
+            if args.norm_obs:  # not before the update: it must see the observations as the policy saw them
                 agent.obs_statistics.update(rollout.obs.flatten(0, 1))
             if run.advance(step, row | {"charts/learning_rate": optimizer.param_groups[0]["lr"]}):
                 obs = reset(envs, args.seed, step)

@@ -100,6 +100,31 @@ def test_transitions_are_whole_and_none_crosses_a_reset(module, monkeypatch, qui
             assert torch.equal(before.next_obs[-1][goes_on], after.obs[0][goes_on])
 
 
+class Integers(gym.Env):
+    """Observations and rewards are whole numbers, and the observations an image; an episode is one step long."""
+
+    observation_space = gym.spaces.Box(0, 255, (2, 3), np.uint8)
+    action_space = gym.spaces.Box(-1, 1, (1,))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        return self.observation_space.sample(), 1, True, False, {}
+
+
+gym.register("Integers-v0", Integers)
+
+
+@everywhere
+def test_whole_numbers_become_floats(module, monkeypatch, quiet):
+    flags = dict(num_steps=8) if module is not reinforce else {}
+    seen = rollouts(module, monkeypatch, num_envs=2, total_timesteps=100, **flags, **quiet | {"env_id": "Integers-v0"})
+    assert {x.dtype for x in (seen[0][0].obs, seen[0][0].next_obs, seen[0][0].reward)} == {torch.float32}
+    assert seen[0][0].obs.shape[-1] == 6 and seen[0][0].obs.max() > 100
+
+
 @everywhere
 def test_statistics_grow_after_the_update(module, monkeypatch, quiet):
     """So that the policy that is improved is the one that acted: n-th rollout, statistics of the n - 1 before."""
