@@ -642,7 +642,7 @@ class Run:
         self.step = step
         self.check_finite(row, weights=checkpoint or finished)
         if log or checkpoint:
-            row |= {"global_step": step, "charts/episodes": len(self.returns)}
+            row = row | {"global_step": step, "charts/episodes": len(self.returns)}
             row["charts/SPS"] = (step - self.row_step) / (time.perf_counter() - self.row_time)
             if self.returns:
                 row["charts/episodic_return"] = sum(self.returns) / len(self.returns)

@@ -361,9 +361,7 @@ def train(args: Args) -> Path:
         require(getattr(args, name) > 0, f"--{name.replace('_', '-')} must be above 0")
     require(0 <= args.gae_lambda <= 1, "--gae-lambda must lie between 0 and 1")
     batch_size = args.num_envs * args.num_steps
-    require(
-        batch_size % args.num_minibatches == 0, f"--num-minibatches must divide the {batch_size} steps of a rollout"
-    )
+    require(batch_size % args.num_minibatches == 0, f"--num-minibatches must divide {batch_size} steps")
     require(batch_size > args.num_minibatches, "--num-minibatches must leave at least 2 steps to a minibatch")
     envs = make_envs(args, args.num_envs)
     taken = isinstance(envs.single_action_space, (gym.spaces.Discrete, gym.spaces.Box))
@@ -674,7 +672,7 @@ class Run:
         self.step = step
         self.check_finite(row, weights=checkpoint or finished)
         if log or checkpoint:
-            row |= {"global_step": step, "charts/episodes": len(self.returns)}
+            row = row | {"global_step": step, "charts/episodes": len(self.returns)}
             row["charts/SPS"] = (step - self.row_step) / (time.perf_counter() - self.row_time)
             if self.returns:
                 row["charts/episodic_return"] = sum(self.returns) / len(self.returns)
