@@ -88,7 +88,7 @@ class Args:
     anneal_lr: bool = True  # lower the learning rate linearly to zero
     norm_obs: bool = True  # normalise observations by their running mean and standard deviation
     norm_reward: bool = True  # divide rewards by the running standard deviation of the return
-    init_log_std: float = 0.0  # initial log standard deviation of a Gaussian policy, in units where bounds are +-1
+    init_log_std: float = -0.5  # initial log standard deviation of a Gaussian policy, in units where bounds are +-1
 
 
 # ----- networks -------------------------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ class Args:
 
     num_steps: int = 128  # steps of each environment in a rollout
     gae_lambda: float = 0.95  # lambda of GAE; 1 makes it the n-step return
-    ent_coef: float = 0.01  # weight of the entropy, c2
+    ent_coef: float = 0.0  # weight of the entropy, c2
     vf_coef: float = 0.5  # weight of the value loss, c1
     max_grad_norm: float = 0.5  # largest norm of the gradient; a longer one is scaled down
     anneal_lr: bool = True  # lower the learning rate linearly to zero
@@ -98,7 +98,7 @@ class Args:
     target_kl: float | None = None  # no further pass once a pass ends with a KL divergence from pi_old above this
     norm_obs: bool = True  # normalise observations by their running mean and standard deviation
     norm_reward: bool = True  # divide rewards by the running standard deviation of the return
-    init_log_std: float = 0.0  # initial log standard deviation of a Gaussian policy, in units where bounds are +-1
+    init_log_std: float = -0.5  # initial log standard deviation of a Gaussian policy, in units where bounds are +-1
 
 
 # ----- networks -------------------------------------------------------------------------------------------------------

@@ -422,7 +422,7 @@ def test_ppo_gradient_is_zero_just_where_the_clip_says():
     advantage = np.array([2.0, -2.0, 2.0, -2.0, 2.0, -2.0, 2.0, -2.0])
     agent = Table(log_ratio, np.zeros(8), np.zeros(8))
     zeros = torch.zeros(8, dtype=torch.float64)
-    args = ppo.Args(norm_adv=False, clip_coef=0.2)
+    args = ppo.Args(norm_adv=False, clip_coef=0.2, ent_coef=0.3)
     ppo.ppo_gradients(agent, args, (torch.arange(8), None, zeros, zeros, torch.tensor(advantage), zeros))
     expected = -np.exp(log_ratio) * advantage / 8 * np.array([1, 0, 1, 1, 1, 1, 0, 1])
     np.testing.assert_allclose(agent.tables[0].grad, expected, atol=1e-12)

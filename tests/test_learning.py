@@ -10,12 +10,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-PENDULUM = (
-    "--env-id Pendulum-v1 --total-timesteps 200000 --gamma 0.9 --learning-rate 1e-3 --ent-coef 0 --num-steps 256 "
-)
+PENDULUM = "--env-id Pendulum-v1 --total-timesteps 200000 --gamma 0.9 --learning-rate 1e-3 --num-steps 256 "
 PENDULUM += "--update-epochs 10 --num-minibatches 16"
 HALFCHEETAH = "--env-id HalfCheetah-v5 --total-timesteps 1000000 --num-envs 64 --num-steps 32 --update-epochs 10 "
-HALFCHEETAH += "--num-minibatches 32 --learning-rate 3e-4 --ent-coef 0 --init-log-std -0.5"
+HALFCHEETAH += "--num-minibatches 32 --learning-rate 3e-4"
 
 
 def final_return(script, tmp_path, seed, flags=""):
@@ -51,15 +49,17 @@ def test_cartpole_over_ten_seeds(script, enough, least, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags, enough", [("--env-id HalfCheetah-v5", 1000), (HALFCHEETAH, 2000)])
+@pytest.mark.parametrize("flags, enough", [("--env-id HalfCheetah-v5", 1000), (HALFCHEETAH, 3000)])
 def test_ppo_learns_halfcheetah(flags, enough, tmp_path):
+    """Standing still returns 0, a random policy about -280; what a seed reaches depends on its gait: hence three."""
     assert flags in (ROOT / "README.md").read_text()
-    assert final_return("ppo", tmp_path, 1, flags) >= enough
+    returns = [final_return("ppo", tmp_path, seed, flags) for seed in (1, 2, 3)]
+    assert sum(returns) / 3 >= enough, returns
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["reinforce", "a2c"])
-def test_gaussian_policies_improve_on_pendulum(script, tmp_path):
-    """Simple methods are slow on continuous control; a policy that has learned nothing stays below -1000."""
-    flags = "--env-id Pendulum-v1 --total-timesteps 500000 --gamma 0.9"
-    assert final_return(script, tmp_path, 1, flags) >= -1000
+def test_gaussian_policies_learn_to_balance(script, tmp_path):
+    """Half of the 1000 that can be had; a random policy falls over after about 5."""
+    flags = "--env-id InvertedPendulum-v5 --total-timesteps 200000"
+    assert final_return(script, tmp_path, 1, flags) >= 500
