@@ -393,8 +393,8 @@ def check_flags(args: Args) -> torch.device:
     for name in ("seed", "eval_episodes", "eval_every", "checkpoint_every"):
         require(getattr(args, name) >= 0, f"--{name.replace('_', '-')} must not be below 0")
     require(0 <= args.gamma <= 1, "--gamma must lie between 0 and 1")
-    film = not args.capture_video or importlib.util.find_spec("moviepy")
-    require(film, "--capture-video needs moviepy: pip install moviepy")
+    if args.capture_video:
+        require(importlib.util.find_spec("moviepy") is not None, "--capture-video needs moviepy: pip install moviepy")
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     device = args.device if args.device != "auto" else next(name for name in there if there[name])
     require(there[device], f"--device {device}: torch finds none here")
@@ -432,12 +432,11 @@ def make_envs(args: Args, num_envs: int, video: Path | None = None) -> gym.vecto
         envs = gym.vector.SyncVectorEnv(fns, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
         if args.capture_video and video is None:  # can it be filmed at all? better to know before the training
             about = f"--capture-video: {args.env_id} cannot be rendered to rgb_array here"
-            with (
-                warnings.catch_warnings(action="ignore"),
-                closing(gym.make(args.env_id, render_mode="rgb_array")) as env,
-            ):
-                env.reset()
-                require(isinstance(env.render(), np.ndarray), about)
+            with warnings.catch_warnings(action="ignore"):
+                env = gym.make(args.env_id, render_mode="rgb_array")
+            env.reset()
+            require(isinstance(env.render(), np.ndarray), about)
+            env.close()
         return envs
     except Exception as error:
         fail(f"{about}: {error}")
@@ -514,14 +513,14 @@ def load_run(args: Args) -> tuple[Args, dict]:
         if name == "agent.pt":  # the training is over; all that is left is to evaluate
             last_row = (folder / "metrics.jsonl").read_text().splitlines()[-1]
             saved = {"step": json.loads(last_row)["global_step"], "states": {"agent": saved}}
-        saved["step"], saved["states"]["agent"]
+        saved["step"], saved["states"]["agent"]  # a file that is something else raises here
     except FileNotFoundError as error:
         fail(f"{where} nothing to go on from, there is no {Path(error.filename).name}")
     except Exception as error:
         fail(f"{where} cannot be read, torn or not a run ({type(error).__name__})")
     if __name__ == "__main__":  # read the command line again: what it does not name is as the run had it
         args = tyro.cli(Args, default=old)
-    else:
+    else:  # called from Python: what differs from its default was meant
         given = {f.name: getattr(args, f.name) for f in fields(Args) if getattr(args, f.name) != f.default}
         args = replace(old, **given)
     same = (args.env_id, args.seed) == (old.env_id, old.seed)
@@ -555,10 +554,9 @@ class Run:
                 self.metrics.truncate(min(self.metrics.tell(), saved.get("metrics_bytes", 0)))
         except OSError as error:
             fail(f"the run's folder cannot be written: {error}")
-        print(
-            f"{self.folder}: {script} on {args.env_id} from step {self.step:,} to {args.total_timesteps:,}", flush=True
-        )
-        self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit=" steps", unit_scale=True, disable=None)
+        start, end = min(self.step, args.total_timesteps), args.total_timesteps
+        print(f"{self.folder}: {script} on {args.env_id}, from step {start:,} to {end:,}", flush=True)
+        self.bar = tqdm(total=end, initial=start, unit=" steps", unit_scale=True, disable=None)
         self.returns, self.lengths = [], []
         self.row_step, self.row_time = self.step, time.perf_counter()
 
@@ -676,6 +674,7 @@ class Run:
             return
         video = self.folder / "videos" / f"step-{self.step}" if self.args.capture_video else None
         row = {"global_step": self.step} | evaluate(self.states["agent"], self.args, video)
+        self.check_finite(row, weights=False)
         self.log(row)
         if self.wandb and video:
             import wandb
