@@ -389,7 +389,7 @@ def train(args: Args) -> Path:
                 obs = next_obs
             step += batch_size
 
-            # Learn from them. The rewards may be scaled by statistics that include them: no action depended on those.
+            # Learn from them. Their scale includes them: a small bias, which fades as the statistics grow.
             rollout = stack(steps, device)
             if args.norm_reward:
                 rollout = rollout._replace(reward=agent.reward_scaler(rollout.reward, rollout.done))

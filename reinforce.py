@@ -4,7 +4,7 @@
 # ///
 """REINFORCE, the Monte-Carlo policy gradient: play whole episodes, then make the actions that paid more likely.
 
-Takes one step along this gradient for each batch of N episodes (Williams 1992; the reward-to-go: Sutton et al. 2000):
+Takes one Adam step with this gradient for each batch of N episodes (Williams 1992; reward-to-go: Sutton et al. 2000):
 
     grad J(theta) = E[ sum_t (G_t - b_t) grad log pi(a_t|s_t) ]
     G_t           = r_t + gamma G_{t+1}                                the reward-to-go of the episode
@@ -13,23 +13,23 @@ Takes one step along this gradient for each batch of N episodes (Williams 1992; 
                   = V(s_t), which learns to predict G_t                with --baseline value
 
 E is the mean over the episodes, pi the policy with the parameters theta. No baseline depends on the action that it
-judges, so each leaves the mean of the estimate as it is and takes noise away. With gamma = 1 that mean is exactly the
-gradient of the expected return; with gamma < 1 the factor gamma^t of the discounted return's gradient is left out, as
-is common, so that late steps count as much as early ones. (--norm-reward only scales it.)
+judges, so each leaves the mean of the estimate as it is; a good one takes noise away. With gamma = 1 that mean is the
+exact gradient of the expected return; with gamma < 1 the factor gamma^t of the discounted return's gradient is left out,
+as is common, so that late steps count as much as early ones. (Exact with --no-norm-reward.)
 
 G_t needs the end of the episode. Where a time limit cut it off (truncated, not terminated), V of the last state stands
 for the rest with --baseline value; the other two take the rest as 0: the time limit is then a part of the task.
 
 Williams 1992, "Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning", Machine
 Learning 8. Sutton et al. 2000, "Policy Gradient Methods for Reinforcement Learning with Function Approximation". The
-other episodes as baseline: Kool et al. 2019, "Buy 4 REINFORCE Samples, Get a Baseline for Free!".
+other episodes as baseline: after Kool et al. 2019, "Buy 4 REINFORCE Samples, Get a Baseline for Free!".
 
     python reinforce.py                                              # CartPole-v1
     python reinforce.py --baseline none                              # the noise that a baseline takes away
     python reinforce.py --resume runs/FOLDER --capture-video         # film a finished run
 
 The diff to a2c.py is bootstrapping: there the critic completes a return after a few steps, here the episode is played
-to its end, and V is at most the baseline.
+to its end, and V is only a baseline (but where a time limit cuts).
 """
 
 import importlib.util
@@ -65,7 +65,7 @@ class Args:
     env_id: str = "CartPole-v1"  # Gymnasium's id of the environment; `module:Id` imports the module first
     seed: int = 1  # seed of every random generator
     total_timesteps: int = 300_000  # length of the training; a step is one transition of one environment
-    num_envs: int = 8  # environments that step together; each plays one episode for a batch
+    num_envs: int = 8  # environments that step together; a batch has one episode of each
     learning_rate: float = 2e-3  # step size of the optimizer
     gamma: float = 0.99  # discount factor
     device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"  # networks this small are fastest on the CPU
@@ -285,7 +285,7 @@ def mean_of_others(returns: Tensor, played: Tensor) -> Tensor:
 
 
 def reinforce_loss(agent: Agent, args: Args, batch: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """What has -grad J(theta) as its gradient, and what the log shows of it, for B steps: tensors (B, ...)."""
+    """A loss with the gradient -grad J(theta), plus that of V if it learns, and its log; the tensors are (B, ...)."""
     obs, action, advantage, target = batch
     log_prob, entropy = agent.log_prob(obs, action)
     policy_loss = -(log_prob * advantage).sum() / args.num_envs
@@ -306,8 +306,8 @@ def reinforce_gradients(agent: Agent, args: Args, batch: list[Tensor]) -> dict[s
 
 
 def reinforce_update(agent, optimizer, rollout: Rollout, args: Args, gradients=reinforce_gradients) -> dict[str, float]:
-    """Takes one step along grad J(theta) on the first episode of each environment; returns what the loss logs."""
-    played = rollout.done.cumsum(0) - rollout.done.long() == 0  # no step before this one was done
+    """Takes one Adam step with grad J(theta) of the first episode of each environment; returns what the loss logs."""
+    played = rollout.done.cumsum(0) - rollout.done.long() == 0  # no earlier step ended an episode
     value = next_value = torch.zeros_like(rollout.reward)
     if args.baseline == "value":
         with torch.no_grad():
@@ -345,7 +345,8 @@ def train(args: Args) -> Path:
             remaining = 1 - step / args.total_timesteps if args.anneal_lr else 1.0
             optimizer.param_groups[0]["lr"] = remaining * args.learning_rate
 
-            # Play one whole episode in each of N environments; what is done early plays on, and that does not count.
+            # Play one whole episode in each of N environments; one done early plays on, and no gradient sees that.
+            # Without any end in sight the batch is cut when it is as long as the training.
             steps, waiting = [], np.ones(args.num_envs, dtype=bool)
             while waiting.any() and args.num_envs * len(steps) < args.total_timesteps:
                 action = agent.act(obs, explore=True)
@@ -357,15 +358,15 @@ def train(args: Args) -> Path:
                 waiting &= ~done
             step += args.num_envs * len(steps)
 
-            # Learn from them. The rewards may be scaled by statistics that include them: no action depended on those.
+            # Learn from them. Their scale includes them: a small bias, which fades as the statistics grow.
             rollout = stack(steps, device)
             if args.norm_reward:
                 rollout = rollout._replace(reward=agent.reward_scaler(rollout.reward, rollout.done))
             row = reinforce_update(agent, optimizer, rollout, args, gradients)
             if args.norm_obs:  # not before the update: it must see the observations as the policy saw them
                 agent.obs_statistics.update(rollout.obs.flatten(0, 1))
-            saved = run.advance(step, row | {"charts/learning_rate": optimizer.param_groups[0]["lr"]})
-            obs = reset(envs, args.seed, step) if saved else envs.reset()[0]
+            checkpointed = run.advance(step, row | {"charts/learning_rate": optimizer.param_groups[0]["lr"]})
+            obs = reset(envs, args.seed, step) if checkpointed else envs.reset()[0]
             if args.norm_reward:
                 agent.reward_scaler.running_return = 0.0
         return run.finish()
