@@ -14,7 +14,7 @@ Takes one Adam step with this gradient for each batch of N episodes (Williams 19
 
 E is the mean over the episodes, pi the policy with the parameters theta. No baseline depends on the action that it
 judges, so each leaves the mean of the estimate as it is; a good one takes noise away. With gamma = 1 that mean is the
-exact gradient of the expected return; with gamma < 1 the factor gamma^t of the discounted return's gradient is left out,
+exact gradient of the expected return; with gamma < 1 the factor gamma^t of the discounted return's gradient is dropped,
 as is common, so that late steps count as much as early ones. (Exact with --no-norm-reward.)
 
 G_t needs the end of the episode. Where a time limit cut it off (truncated, not terminated), V of the last state stands
