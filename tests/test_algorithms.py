@@ -229,6 +229,47 @@ def test_mean_of_others_looks_at_no_step_of_its_own_episode():
     torch.testing.assert_close(baseline, torch.tensor([22 / 3, 15 / 4, 13 / 3]))
 
 
+@pytest.mark.parametrize("baseline", ["none", "mean", "value"])
+def test_reinforce_judges_the_steps_of_first_episodes_by_return_minus_baseline(baseline):
+    """The sign of a baseline changes no mean, and so needs a test of its own."""
+    agent, args = real_agent(reinforce, baseline=baseline, num_envs=3)
+    rollout = random_rollout(5, 10, 3)
+    rollout.done[-1] = rollout.terminated[-1] = True
+    with torch.no_grad():
+        value, next_value = agent.value(rollout.obs), agent.value(rollout.next_obs)
+    if baseline != "value":
+        next_value = torch.zeros_like(next_value)
+    returns = reinforce.reward_to_go(rollout, next_value, args.gamma)
+    lengths = [1 + rollout.done[:, n].tolist().index(True) for n in range(3)]
+    assert len(set(lengths)) > 1
+    expected = {}
+    for n, t in ((n, t) for n in range(3) for t in range(lengths[n])):
+        others = [returns[i, m] for m in range(3) if m != n for i in range(lengths[m])]
+        b = {"none": 0.0, "mean": sum(others) / len(others), "value": value[t, n]}[baseline]
+        expected[rollout.obs[t, n, 0].item()] = (rollout.action[t, n], returns[t, n] - b, returns[t, n])
+    seen = []
+
+    def spy(agent, args, batch):
+        for obs, action, advantage, target in zip(*batch):
+            seen.append(obs[0].item())
+            torch.testing.assert_close(torch.stack([action, advantage, target]), torch.stack(expected[seen[-1]]))
+        return reinforce.reinforce_gradients(agent, args, batch)
+
+    reinforce.reinforce_update(agent, torch.optim.SGD(agent.parameters(), lr=0.1), rollout, args, spy)
+    assert sorted(seen) == sorted(expected)
+
+
+def test_reinforce_gradient_in_closed_form():
+    """d/dlogpi = -A / N for N episodes; d/dV = (V - G) / B: V learns the return, not the advantage."""
+    log_prob, value, entropy, advantage, target = np.random.default_rng(0).normal(size=(5, 6))
+    agent = Table(log_prob, value, entropy)
+    args = reinforce.Args(baseline="value", num_envs=2)
+    reinforce.reinforce_gradients(agent, args, [torch.arange(6), None, torch.tensor(advantage), torch.tensor(target)])
+    np.testing.assert_allclose(agent.tables[0].grad, -advantage / 2, atol=1e-12)
+    np.testing.assert_allclose(agent.tables[1].grad, (value - target) / 6, atol=1e-12)
+    assert agent.tables[2].grad is None
+
+
 # ----- policies
 
 
@@ -527,6 +568,36 @@ def test_ppo_target_kl_ends_the_passes(target_kl, epochs):
 
     ppo.ppo_update(agent, torch.optim.SGD(agent.parameters(), lr=0.1), random_rollout(3, 8, 2), args, spy)
     assert len(calls) == epochs  # in the first pass of a single minibatch the divergence is still 0
+
+
+def test_a2c_update_hands_on_what_belongs_together():
+    agent, args = real_agent(a2c)
+    rollout = random_rollout(1, 6, 3)
+    with torch.no_grad():
+        value, next_value = agent.value(rollout.obs), agent.value(rollout.next_obs)
+    advantage = a2c.gae(rollout, value, next_value, args.gamma, args.gae_lambda)
+    expected = [x.flatten(0, 1) for x in (rollout.obs, rollout.action, advantage, advantage + value)]
+    calls = []
+
+    def spy(agent, args, batch):
+        torch.testing.assert_close(batch, expected)
+        calls.append(1)
+        return a2c.a2c_gradients(agent, args, batch)
+
+    a2c.a2c_update(agent, torch.optim.SGD(agent.parameters(), lr=0.1), rollout, args, spy)
+    assert len(calls) == 1
+
+
+@everywhere
+def test_gradients_do_not_add_up_over_updates(module):
+    flags = {} if module is reinforce else dict(max_grad_norm=1e9)
+    agent, args = real_agent(module, num_envs=3, **flags)
+    optimizer, found = torch.optim.SGD(agent.parameters(), lr=0.0), []
+    for _ in range(2):
+        torch.manual_seed(0)
+        getattr(module, f"{module.__name__}_update")(agent, optimizer, random_rollout(6, 8, 3), args)
+        found.append(torch.cat([p.grad.flatten() for p in agent.parameters()]).clone())
+    assert found[0].any() and torch.equal(*found)
 
 
 @pytest.mark.parametrize("module", [a2c, ppo], ids=["a2c", "ppo"])
