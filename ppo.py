@@ -34,7 +34,6 @@ takes one step and throws the rollout away.
 """
 
 import importlib.util
-import io
 import json
 import math
 import os
@@ -514,18 +513,17 @@ def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[st
 
 def write_file(path: Path, content: str | dict) -> None:
     """Writes text, or a dict with torch.save, aside and renames it: `path` is never a part of a file."""
-    data, part = io.BytesIO(), path.with_name(path.name + ".part")
-    if isinstance(content, str):
-        data.write(content.encode())
-    else:
-        torch.save(content, data)
+    part = path.with_name(path.name + ".part")
     try:
         with part.open("wb") as file:
-            file.write(data.getbuffer())
+            if isinstance(content, str):
+                file.write(content.encode())
+            else:
+                torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())  # it must be on the disk before it gets its name
         part.replace(path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the second is what torch makes of a full disk
         part.unlink(missing_ok=True)
         fail(f"{path} cannot be written: {error}", code=1)
 
@@ -655,7 +653,7 @@ class Run:
         if self.wandb:
             self.wandb.log(row)
 
-    def advance(self, step: int, row: dict[str, float]) -> bool:
+    def advance(self, step: int, row: dict[str, float | Tensor]) -> bool:
         """Moves the run on to `step`: writes the row, the evaluation and the checkpoint that are due.
 
         True if there was a checkpoint: then the environments must be `reset`, as they are when a run goes on from it.
@@ -668,9 +666,10 @@ class Run:
         checkpoint |= stopping or (finished and (self.folder / "checkpoint.pt").exists())
         self.bar.update(min(step, args.total_timesteps) - self.bar.n)
         self.step = step
-        self.check_finite(row, weights=checkpoint or finished)
+        self.check_finite(row, states=checkpoint or finished)
         if log or checkpoint:
-            row = row | {"global_step": step, "charts/episodes": len(self.returns)}
+            row = {name: float(x) for name, x in row.items()}
+            row |= {"global_step": step, "charts/episodes": len(self.returns)}
             row["charts/SPS"] = (step - self.row_step) / (time.perf_counter() - self.row_time)
             if self.returns:
                 row["charts/episodic_return"] = sum(self.returns) / len(self.returns)
@@ -691,11 +690,12 @@ class Run:
             self.row_step, self.row_time = step, time.perf_counter()
         return checkpoint
 
-    def check_finite(self, row: dict[str, float], weights: bool) -> None:
-        """Ends the run if a loss, or with `weights` the agent, is NaN or infinite: no checkpoint holds such a one."""
+    def check_finite(self, row: dict[str, float | Tensor], states: bool) -> None:
+        """Ends the run if a loss, or with `states` a tensor of a checkpoint, is NaN or infinite: no checkpoint is."""
         bad = [name for name, x in row.items() if not math.isfinite(x)]
-        if weights:
-            bad += [name for name, x in self.states["agent"].state_dict().items() if not x.isfinite().all()]
+        if states:
+            tensors = [pair for state in self.states.values() for pair in state.state_dict().items()]
+            bad += [name for name, x in tensors if isinstance(x, Tensor) and not x.isfinite().all()]
         if bad:
             hint = "if the observations and rewards are finite, a smaller --learning-rate may help"
             fail(f"{bad[0]} is not finite at step {self.step:,}; {hint}; {self.rescue()}", code=1)
@@ -706,7 +706,7 @@ class Run:
             return
         video = self.folder / "videos" / f"step-{self.step}" if self.args.capture_video else None
         row = {"global_step": self.step} | evaluate(self.states["agent"], self.args, video)
-        self.check_finite(row, weights=False)
+        self.check_finite(row, states=False)
         self.log(row)
         if self.wandb and video:
             import wandb

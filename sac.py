@@ -1,0 +1,701 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.13", "gymnasium[classic-control,mujoco]>=1.4", "tyro>=1.0", "wandb", "numpy", "tqdm"]
+# ///
+"""Soft Actor-Critic: a policy that stays as random as the rewards allow.
+
+In each update, on a minibatch of a replay buffer (Algorithm 1 of the paper):
+
+    a'       = tanh(m(s') + sigma(s') noise)                    drawn from the policy pi, the noise is Gaussian
+    y        = r + gamma (1 - terminated) (min_i Qi'(s', a') - alpha log pi(a'|s'))
+    L(Q)     = E[ (Q1(s, a) - y)^2 + (Q2(s, a) - y)^2 ]         the critics go down L
+    J(pi)    = E[ min_i Qi(s, a) - alpha log pi(a|s) ]          the actor goes up J, a drawn from pi as a' above
+    L(alpha) = E[ -alpha (log pi(a|s) + H) ]                    the temperature goes down L: to an entropy of H
+    Q'       = tau Q + (1 - tau) Q'                             the target networks follow slowly
+
+E is the mean over transitions (s, a, r, s') from the buffer, Q the critic: the value of an action. No gradient goes
+through y. Maximised is the return plus the entropy of the actor pi at each step, weighed by the temperature alpha:
+the policy explores by itself, and keeps to all the ways that are as good. J has a gradient because a is a function of
+m, sigma and a noise that depends on neither. The temperature grows while the entropy is below H, and falls above it.
+
+log pi(a|s) is the log density of the Gaussian at u = m + sigma noise, less log(1 - tanh(u)^2) for each dimension.
+
+The a in Q(s, a) may come from any policy, so the buffer may hold old transitions.
+
+After termination there is no further reward. A time limit (truncation) only stops the recording: Q of the last state
+stands for the rewards that would have followed.
+Actions are in units where the bounds of each dimension are -1 and 1.
+
+Haarnoja et al. 2018, "Soft actor-critic algorithms and applications", arXiv 1812.05905.
+
+    python sac.py                                                  # Pendulum-v1
+    python sac.py --env-id HalfCheetah-v5 --total-timesteps 100000 --learning-starts 5000
+    python sac.py --resume runs/FOLDER --capture-video             # film a finished run
+
+The diff from td3.py is the random policy with its entropy, and the temperature that sets how random it is.
+"""
+
+import copy
+import importlib.util
+import json
+import math
+import os
+import random
+import re
+import signal
+import sys
+import threading
+import time
+import warnings
+from contextlib import closing
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    env_id: str = "Pendulum-v1"  # Gymnasium's id of the environment; `module:Id` imports the module first
+    seed: int = 1  # seed of every random generator
+    total_timesteps: int = 20_000  # length of the training; a step is one transition of one environment
+    num_envs: int = 1  # environments that step together
+    learning_rate: float = 3e-4  # step size of the actor's optimizer
+    gamma: float = 0.99  # discount factor
+    device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"  # networks this small are fastest on the CPU
+    num_threads: int = 1  # CPU threads of torch; networks this small are fastest on one
+    compile: bool = False  # compile the loss and its gradient with torch.compile; on the CPU needs a C++ compiler
+    track: bool = False  # log to Weights & Biases as well (WANDB_MODE=offline works)
+    wandb_project_name: str = "rungs"  # project on Weights & Biases
+    wandb_entity: str | None = None  # team on Weights & Biases
+    wandb_group: str | None = None  # group of runs on Weights & Biases
+    capture_video: bool = False  # film the first episode of each evaluation
+    runs_dir: str = "runs"  # where the run's folder is made
+    log_every: int = 2_000  # steps between two rows of metrics
+    eval_episodes: int = 10  # episodes in an evaluation, all without exploration; 0 for no evaluation
+    eval_every: int = 0  # steps between two evaluations; 0 for the one at the end only
+    checkpoint_every: int = 0  # steps between two checkpoints, each of which resets the environments; 0 for none
+    resume: str = ""  # folder of a run to go on with; its flags hold, but for those given here
+
+    buffer_size: int = 1_000_000  # transitions in the replay buffer; the oldest give way
+    learning_starts: int = 1_000  # steps before the first update; actions are uniformly random until then
+    train_frequency: int = 1  # steps between two turns of learning
+    gradient_steps: int = 1  # updates in a turn of learning
+    batch_size: int = 256  # transitions in an update
+    tau: float = 0.005  # share of the networks in their targets at each update
+    q_lr: float = 1e-3  # step size of the optimizer of Q
+    autotune: bool = True  # tune the temperature to an entropy of minus the number of action dimensions
+    alpha: float = 0.2  # temperature, with --autotune the initial one; tuned with the step size of Q
+
+
+
+# ----- networks -------------------------------------------------------------------------------------------------------
+
+
+class SquashedGaussianActor(nn.Module):
+    """pi(a|s): the tanh of independent Gaussians."""
+
+    def __init__(self, obs_dim: int, action_dim: int):
+        super().__init__()
+        hidden = nn.Linear(obs_dim, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()
+        self.net = nn.Sequential(*hidden, nn.Linear(256, 2 * action_dim))
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log standard deviation (B, action_dim) of the Gaussians, the latter from -5 to 2."""
+        mean, log_std = self.net(obs).chunk(2, dim=-1)
+        return mean, -5 + 3.5 * (log_std.tanh() + 1)
+
+
+class Critic(nn.Module):
+    """Q(s, a): the discounted sum of the rewards that follow action a in state s."""
+
+    def __init__(self, obs_dim: int, action_dim: int):
+        super().__init__()
+        hidden = nn.Linear(obs_dim + action_dim, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()
+        self.net = nn.Sequential(*hidden, nn.Linear(256, 1))
+
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
+        """Q (B,) for obs (B, obs_dim) and action (B, action_dim)."""
+        return self.net(torch.cat([obs, action], dim=-1)).squeeze(-1)
+
+
+class Agent(nn.Module):
+    """The networks pi and Q, the target networks and the temperature."""
+
+    def __init__(self, envs: gym.vector.VectorEnv, args: Args, device: torch.device):
+        super().__init__()
+        space = envs.single_action_space
+        obs_dim = math.prod(envs.single_observation_space.shape)
+        self.action_dim = math.prod(space.shape)
+        self.actor = SquashedGaussianActor(obs_dim, self.action_dim)
+        self.critics = nn.ModuleList([Critic(obs_dim, self.action_dim), Critic(obs_dim, self.action_dim)])
+        self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
+        self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)), requires_grad=args.autotune)
+        self.space = space
+        self.center, self.half_width = space.low / 2 + space.high / 2, space.high / 2 - space.low / 2
+        self.device = device
+        self.to(device)
+
+    @torch.inference_mode()
+    def act(self, obs: np.ndarray, explore: bool) -> np.ndarray:
+        """Actions (N, action_dim) for obs (N, obs_dim): drawn from pi, or those of its means."""
+        mean, log_std = self.actor(as_floats(torch.from_numpy(obs).to(self.device)))
+        if explore:
+            mean = mean + log_std.exp() * torch.randn_like(mean)
+        return mean.tanh().cpu().numpy()
+
+    def random_action(self, num_envs: int) -> np.ndarray:
+        """Uniformly random actions (N, action_dim)."""
+        return np.random.uniform(-1, 1, (num_envs, self.action_dim)).astype(np.float32)
+
+    def to_env(self, action: np.ndarray) -> np.ndarray:
+        """The actions (N, *shape) in the units of the environments."""
+        action = self.center + self.half_width * action.reshape(-1, *self.space.shape)
+        return action.clip(self.space.low, self.space.high).astype(self.space.dtype)
+
+
+# ----- memory ---------------------------------------------------------------------------------------------------------
+
+
+class Transitions(NamedTuple):
+    """B transitions on the training device."""
+
+    obs: Tensor  # (B, obs_dim) float32, in the buffer uint8 if the environments' are
+    action: Tensor  # (B,) int64 or (B, action_dim) float32, as the agent chose them
+    reward: Tensor  # (B,) float32
+    next_obs: Tensor  # (B, obs_dim) as obs, the last one of an episode where it ended
+    terminated: Tensor  # (B,) bool
+
+
+def as_floats(obs: Tensor) -> Tensor:
+    """Observations as the networks take them: float32, bytes scaled to [0, 1]."""
+    return obs / 255 if obs.dtype == torch.uint8 else obs.float()
+
+
+class ReplayBuffer:
+    """The last transitions: a ring of preallocated tensors on the training device."""
+
+    def __init__(self, envs: gym.vector.VectorEnv, size: int, device: torch.device):
+        """A ring of `size` transitions, rounded up to the same number for each environment."""
+        self.size, self.added = -(-size // envs.num_envs) * envs.num_envs, 0
+        obs_space, action_space = envs.single_observation_space, envs.single_action_space
+        obs = (math.prod(obs_space.shape),), torch.uint8 if obs_space.dtype == np.uint8 else torch.float32
+        discrete = isinstance(action_space, gym.spaces.Discrete)
+        action = ((), torch.int64) if discrete else ((math.prod(action_space.shape),), torch.float32)
+        kinds = Transitions(obs, action, ((), torch.float32), obs, ((), torch.bool))
+        megabytes = self.size * sum(math.prod(shape) * dtype.itemsize for shape, dtype in kinds) / 1e6
+        about = f"replay buffer: {self.size:,} transitions, {megabytes:,.1f} MB"
+        free = free_memory(device)
+        require(megabytes * 1e6 < free, f"{about} where {free / 1e6:,.0f} MB are free; lower --buffer-size")
+        print(f"{about} on {device}")
+        self.rows = Transitions(*(torch.empty(self.size, *shape, dtype=dtype, device=device) for shape, dtype in kinds))
+
+    def add(self, *transitions: np.ndarray) -> None:
+        """Adds one transition of each environment: arrays (N, ...) in the order of the fields of Transitions."""
+        start = self.added % self.size
+        for rows, new in zip(self.rows, transitions):
+            rows[start : start + len(new)] = torch.from_numpy(new)
+        self.added += len(transitions[0])
+
+    def sample(self, batch_size: int) -> Transitions:
+        """Transitions drawn uniformly, with replacement."""
+        indices = torch.randint(min(self.added, self.size), (batch_size,), device=self.rows.reward.device)
+        batch = Transitions(*(rows[indices] for rows in self.rows))
+        return batch._replace(obs=as_floats(batch.obs), next_obs=as_floats(batch.next_obs))
+
+    def state_dict(self) -> dict[str, Tensor | int]:
+        """What a checkpoint needs: the part of the ring that is filled."""
+        return {"added": self.added} | {name: x[: self.added].clone() for name, x in self.rows._asdict().items()}
+
+    def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
+        """Goes on from `state`; a ring that has begun to overwrite must keep its size."""
+        filled = min(state["added"], self.size)
+        if filled != len(state["reward"]):
+            raise ValueError(f"its replay buffer has room for {len(state['reward'])} transitions, not {self.size}")
+        self.added = state["added"]
+        for name, rows in self.rows._asdict().items():
+            rows[:filled] = state[name]
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes of memory that are free on a GPU, or that the machine has."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+
+
+# ----- algorithm ------------------------------------------------------------------------------------------------------
+
+
+def squashed_log_prob(u: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """log pi(tanh(u)|s) (B,), all (B, action_dim); 1 - tanh(u)^2 as 4 / (e^u + e^-u)^2, which never rounds to 0."""
+    gaussian = -((u - mean) / log_std.exp()).square() / 2 - log_std - math.log(2 * math.pi) / 2
+    return (gaussian - 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))).sum(-1)
+
+
+def draw(actor: SquashedGaussianActor, obs: Tensor) -> tuple[Tensor, Tensor]:
+    """Actions (B, action_dim) drawn from pi(.|s), and their log pi(a|s) (B,); both have gradients."""
+    mean, log_std = actor(obs)
+    u = mean + log_std.exp() * torch.randn_like(mean)
+    return u.tanh(), squashed_log_prob(u, mean, log_std)
+
+
+def critic_loss(agent: Agent, args: Args, batch: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
+    """L(Q), and what the log shows of it."""
+    with torch.no_grad():
+        next_action, next_log_prob = draw(agent.actor, batch.next_obs)
+        next_q = torch.min(*(critic(batch.next_obs, next_action) for critic in agent.target_critics))
+        next_value = next_q - agent.log_alpha.exp() * next_log_prob
+        target = batch.reward + args.gamma * next_value * ~batch.terminated
+    q = torch.stack([critic(batch.obs, batch.action) for critic in agent.critics])
+    loss = (q - target).square().mean(-1).sum()
+    return loss, {"losses/qf_loss": loss.detach(), "losses/qf_values": q.detach().mean()}
+
+
+def actor_loss(agent: Agent, args: Args, batch: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
+    """-J(pi) + L(alpha), and what the log shows of them."""
+    action, log_prob = draw(agent.actor, batch.obs)
+    q = torch.min(*(critic(batch.obs, action) for critic in agent.critics))
+    alpha = agent.log_alpha.exp()
+    loss = (alpha.detach() * log_prob - q).mean()
+    target_entropy = -action.shape[-1]
+    alpha_loss = -(alpha * (log_prob.detach() + target_entropy)).mean()
+    log = {
+        "losses/actor_loss": loss.detach(),
+        "losses/alpha_loss": alpha_loss.detach(),
+        "losses/alpha": alpha.detach(),
+        "losses/entropy": -log_prob.detach().mean(),
+    }
+    return loss + alpha_loss, log
+
+
+def critic_gradients(agent: Agent, args: Args, batch: Transitions) -> dict[str, Tensor]:
+    """Leaves the gradient of `critic_loss` in .grad of Q; --compile compiles this."""
+    loss, log = critic_loss(agent, args, batch)
+    loss.backward()
+    return log
+
+
+def actor_gradients(agent: Agent, args: Args, batch: Transitions) -> dict[str, Tensor]:
+    """Leaves the gradient of `actor_loss` in .grad of what it moves, not in that of Q; --compile compiles this."""
+    loss, log = actor_loss(agent, args, batch)
+    loss.backward(inputs=[*agent.actor.parameters(), *[agent.log_alpha][: args.autotune]])
+    return log
+
+
+@torch.no_grad()
+def polyak(target: nn.Module, source: nn.Module, tau: float) -> None:
+    """target <- tau source + (1 - tau) target, for every parameter."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
+
+
+def sac_update(
+    agent: Agent,
+    critic_optimizer: torch.optim.Optimizer,
+    actor_optimizer: torch.optim.Optimizer,
+    batch: Transitions,
+    args: Args,
+    gradients=(critic_gradients, actor_gradients),
+) -> dict[str, Tensor]:
+    """One step of each optimizer and of the target networks; returns what the losses log."""
+    critic_gradients, actor_gradients = gradients
+    critic_optimizer.zero_grad()
+    log = critic_gradients(agent, args, batch)
+    critic_optimizer.step()
+
+    actor_optimizer.zero_grad()
+    log |= actor_gradients(agent, args, batch)
+    actor_optimizer.step()
+
+    polyak(agent.target_critics, agent.critics, args.tau)
+    return log
+
+
+def updates_by(step: int, args: Args) -> int:
+    """How many updates belong to the first `step` steps: gradient_steps for every train_frequency of them."""
+    turns = step // args.train_frequency - args.learning_starts // args.train_frequency
+    return args.gradient_steps * max(0, turns)
+
+
+# ----- training -------------------------------------------------------------------------------------------------------
+
+
+def train(args: Args) -> Path:
+    """Trains an agent with SAC (Algorithm 1 of the paper); returns the run's folder."""
+    args, saved = load_run(args)
+    device = check_flags(args)
+    for name in ("buffer_size", "train_frequency", "gradient_steps", "batch_size", "tau", "q_lr", "alpha"):
+        require(0 < getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be above 0")
+    for name in ("learning_starts",):
+        require(0 <= getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must not be below 0")
+    require(args.tau <= 1, "--tau must not be above 1")
+    envs = make_envs(args, args.num_envs)
+    space = envs.single_action_space
+    taken = isinstance(space, gym.spaces.Box) and space.is_bounded()
+    require(taken, f"{args.env_id}: actions must be a Box with finite bounds, these are {space}; try dqn.py or ppo.py")
+
+    torch.manual_seed(args.seed)
+    agent = Agent(envs, args, device)
+    critic_optimizer = torch.optim.Adam(agent.critics.parameters(), lr=args.q_lr, fused=True)
+    groups = {"params": agent.actor.parameters()}, {"params": [agent.log_alpha], "lr": args.q_lr}
+    actor_optimizer = torch.optim.Adam(groups, lr=args.learning_rate, fused=True)
+    buffer = ReplayBuffer(envs, min(args.buffer_size, args.total_timesteps), device)
+    gradients = [compiled(f, device) if args.compile else f for f in (critic_gradients, actor_gradients)]
+    states = dict(agent=agent, critic_optimizer=critic_optimizer, actor_optimizer=actor_optimizer, buffer=buffer)
+    with closing(envs), Run(args, saved, **states) as run:
+        step, row = run.step, {}
+        obs = reset(envs, args.seed, step)
+        while step < args.total_timesteps:
+            # Act and remember.
+            if step < args.learning_starts:
+                action = agent.random_action(args.num_envs)
+            else:
+                action = agent.act(obs, explore=True)
+            next_obs, reward, terminated, truncated, infos = envs.step(agent.to_env(action))
+            buffer.add(obs, action, reward, true_next_obs(next_obs, terminated | truncated, infos), terminated)
+            run.count_episodes(infos)
+            obs = next_obs
+            step += args.num_envs
+
+            # Learn from what is remembered.
+            for _ in range(updates_by(step - args.num_envs, args), updates_by(step, args)):
+                batch = buffer.sample(args.batch_size)
+                row |= sac_update(agent, critic_optimizer, actor_optimizer, batch, args, gradients)
+            if run.advance(step, row):
+                obs, row = reset(envs, args.seed, step), {}
+        return run.finish()
+
+
+# ----- plumbing, the same text in every script: read it once or never -------------------------------------------------
+
+
+def fail(message: str, code: int = 2) -> None:
+    """Ends the program with one line on stderr; exit code 2 says that the input was bad."""
+    print(f"{Path(__file__).name}: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def require(condition: bool, message: str) -> None:
+    """Refuses bad input."""
+    if not condition:
+        fail(message)
+
+
+def check_flags(args: Args) -> torch.device:
+    """Refuses values that no script can run with; returns the device to train on."""
+    for name in ("total_timesteps", "num_envs", "learning_rate", "num_threads", "log_every"):
+        require(0 < getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be above 0")
+    for name in ("seed", "eval_episodes", "eval_every", "checkpoint_every"):
+        require(getattr(args, name) >= 0, f"--{name.replace('_', '-')} must not be below 0")
+    require(0 <= args.gamma <= 1, "--gamma must lie between 0 and 1")
+    if args.capture_video:
+        require(importlib.util.find_spec("moviepy") is not None, "--capture-video needs moviepy: pip install moviepy")
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device = args.device if args.device != "auto" else next(name for name in there if there[name])
+    require(there[device], f"--device {device}: torch finds none here")
+    torch.set_num_threads(args.num_threads)
+    return torch.device(device)
+
+
+def compiled(function, device: torch.device):
+    """The function compiled into one graph; on CUDA into a CUDA graph."""
+    torch._dynamo.config.trace_autograd_ops = True  # lets backward() into the graph
+    return torch.compile(function, fullgraph=True, mode="reduce-overhead" if device.type == "cuda" else "default")
+
+
+def make_envs(args: Args, num_envs: int, video: Path | None = None) -> gym.vector.SyncVectorEnv:
+    """Environments in lockstep, each reset in the step that ends its episode; `video` names a film of the first one."""
+
+    def make_env(film: bool) -> gym.Env:
+        env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if film else {}))
+        space = env.observation_space
+        require(isinstance(space, gym.spaces.Box), f"{args.env_id}: observations must be a Box, these are {space}")
+        env = gym.wrappers.RecordEpisodeStatistics(env)
+        if film:
+            with warnings.catch_warnings(action="ignore"):  # that the folder has films already
+                folder, name = str(video.parent), video.name
+                env = gym.wrappers.RecordVideo(env, folder, lambda episode: episode == 0, name_prefix=name)
+        return env if len(space.shape) == 1 else gym.wrappers.FlattenObservation(env)
+
+    spec, about = gym.registry.get(args.env_id), f"--env-id {args.env_id}"
+    try:
+        if spec and "mujoco" in str(spec.entry_point):  # whose compiler warns of its own models, once for each of them
+            import mujoco
+
+            mujoco.set_mju_user_warning(lambda text: None if "settotalmass" in text else print(text, file=sys.stderr))
+        fns = [partial(make_env, film=video is not None and index == 0) for index in range(num_envs)]
+        envs = gym.vector.SyncVectorEnv(fns, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+        if args.capture_video and video is None:  # can it be filmed at all? better to know before the training
+            about = f"--capture-video: {args.env_id} cannot be rendered to rgb_array here"
+            with warnings.catch_warnings(action="ignore"):
+                env = gym.make(args.env_id, render_mode="rgb_array")
+            env.reset()
+            require(isinstance(env.render(), np.ndarray), about)
+            env.close()
+        return envs
+    except Exception as error:
+        fail(f"{about}: {error}")
+
+
+def true_next_obs(next_obs: np.ndarray, done: np.ndarray, infos: dict) -> np.ndarray:
+    """The observations (N, obs_dim) that the step led to: the last of an old episode, not the first of a new one."""
+    if done.any():
+        next_obs = next_obs.copy()
+        next_obs[done] = np.stack(infos["final_obs"][done])
+    return next_obs
+
+
+def seed_for(*numbers: int) -> int:
+    """A seed of 32 bits made of several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def reset(envs: gym.vector.VectorEnv, seed: int, step: int) -> np.ndarray:
+    """Resets the environments and seeds every generator anew, so that a resumed run sees what the uninterrupted saw."""
+    seed = seed_for(seed, step)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    envs.action_space.seed(seed)
+    return envs.reset(seed=seed)[0]
+
+
+def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[str, float]:
+    """Plays one episode in each of `eval_episodes` fresh environments without exploration, 100,000 steps at most."""
+    returns, alive = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)
+    with closing(make_envs(args, args.eval_episodes, video)) as envs:
+        obs, _ = envs.reset(seed=seed_for(args.seed, 0, 1))  # three numbers: no seed of the training
+        for _ in range(100_000):
+            obs, reward, terminated, truncated, _ = envs.step(agent.to_env(agent.act(obs, explore=False)))
+            returns[alive] += reward[alive]
+            alive &= ~(terminated | truncated)
+            if not alive.any():
+                break
+    mean, std = returns.mean().item(), returns.std().item()
+    return {"eval/episodic_return": mean, "eval/episodic_return_std": std, "eval/episodes": args.eval_episodes}
+
+
+def write_file(path: Path, content: str | dict) -> None:
+    """Writes text, or a dict with torch.save, aside and renames it: `path` is never a part of a file."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            if isinstance(content, str):
+                file.write(content.encode())
+            else:
+                torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())  # it must be on the disk before it gets its name
+        part.replace(path)
+    except (OSError, RuntimeError) as error:  # the second is what torch makes of a full disk
+        part.unlink(missing_ok=True)
+        fail(f"{path} cannot be written: {error}", code=1)
+
+
+def load_run(args: Args) -> tuple[Args, dict]:
+    """The flags, and the step and states to start from: those of a new run, or those in the folder of --resume."""
+    if not args.resume:
+        return args, {"step": 0, "states": {}}
+    folder, where = Path(args.resume), f"--resume {args.resume}:"
+    name = "checkpoint.pt" if (folder / "checkpoint.pt").exists() else "agent.pt"
+    try:
+        flags = json.loads((folder / "args.json").read_text())
+        script = flags.pop("script")
+        require(script == Path(__file__).stem, f"{where} that is a run of {script}.py")
+        old = Args(**flags | {"resume": args.resume})
+        saved = torch.load(folder / name, map_location="cpu", weights_only=True)
+        if name == "agent.pt":  # the training is over; all that is left is to evaluate
+            last_row = (folder / "metrics.jsonl").read_text().splitlines()[-1]
+            saved = {"step": json.loads(last_row)["global_step"], "states": {"agent": saved}}
+        saved["step"], saved["states"]["agent"]  # a file that is something else raises here
+    except FileNotFoundError as error:
+        fail(f"{where} nothing to go on from, there is no {Path(error.filename).name}")
+    except Exception as error:
+        fail(f"{where} cannot be read, torn or not a run ({type(error).__name__})")
+    if __name__ == "__main__":  # read the command line again: what it does not name is as the run had it
+        args = tyro.cli(Args, default=old)
+    else:  # called from Python: what differs from its default was meant
+        given = {f.name: getattr(args, f.name) for f in fields(Args) if getattr(args, f.name) != f.default}
+        args = replace(old, **given)
+    same = (args.env_id, args.seed) == (old.env_id, old.seed)
+    require(same, f"{where} that is a run with --env-id {old.env_id} --seed {old.seed}")
+    finished = name == "agent.pt" and args.total_timesteps <= saved["step"]
+    require(name == "checkpoint.pt" or finished, f"{where} finished, without a checkpoint to go on from")
+    return args, saved
+
+
+class Run:
+    """What a run leaves behind: flags, metrics, checkpoints, films, W&B; and an orderly end, whatever the reason."""
+
+    def __init__(self, args: Args, saved: dict, **states):
+        """`states` are the modules and optimizers that make a checkpoint; those in `saved` are loaded."""
+        self.args, self.states, self.step = args, states, saved["step"]
+        script, now = Path(__file__).stem, datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+        name = re.sub(r"[^\w.-]+", "-", f"{args.env_id}__{script}__{args.seed}__{now}")
+        self.folder = Path(args.resume or Path(args.runs_dir, name))
+        try:
+            for name, state in saved["states"].items():
+                states[name].load_state_dict(state)
+        except Exception as error:
+            fail(f"--resume {self.folder}: the checkpoint does not fit: {error}")
+        self.wandb = self.start_wandb() if args.track else None
+        flags = {"script": script} | asdict(args) | {"resume": ""}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
+            write_file(self.folder / "args.json", json.dumps(flags, indent=2))
+            self.metrics = (self.folder / "metrics.jsonl").open("ab", buffering=0)
+            if self.step < args.total_timesteps:  # what came after the checkpoint will be done and logged again
+                self.metrics.truncate(min(self.metrics.tell(), saved.get("metrics_bytes", 0)))
+        except OSError as error:
+            fail(f"the run's folder cannot be written: {error}")
+        start, end = min(self.step, args.total_timesteps), args.total_timesteps
+        print(f"{self.folder}: {script} on {args.env_id}, from step {start:,} to {end:,}", flush=True)
+        self.bar = tqdm(total=end, initial=start, unit=" steps", unit_scale=True, disable=None)
+        self.returns, self.lengths = [], []
+        self.row_step, self.row_time = self.step, time.perf_counter()
+
+    def start_wandb(self):
+        """The run on Weights & Biases, by the name of the folder; WANDB_MODE says whether online or offline."""
+        args, name = self.args, self.folder.resolve().name
+        where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "group": args.wandb_group}
+        try:
+            import wandb
+
+            run = wandb.init(**where, name=name, id=name, resume="allow", config=asdict(args))
+        except Exception as error:
+            fail(f"--track: {error} (`wandb login` once, or set WANDB_MODE=offline)")
+        run.define_metric("global_step")
+        run.define_metric("*", step_metric="global_step")
+        return run
+
+    def __enter__(self):
+        self.signal, self.handlers = None, {}
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def on_signal(self, number: int, frame) -> None:
+        """Ctrl-C and SIGTERM end the run after this iteration; a second one ends it at once."""
+        self.signal = number
+        self.restore_handlers()
+
+    def restore_handlers(self) -> None:
+        """Gives the signals back to whoever had them before the run."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, kind, error, traceback) -> None:
+        self.restore_handlers()
+        self.bar.close()
+        self.metrics.close()
+        if self.wandb:
+            self.wandb.finish(exit_code=0 if error is None else 1)
+        if isinstance(error, Exception):
+            error.add_note(f"It ended the run at step {self.step:,}; {self.rescue()}")
+
+    def rescue(self) -> str:
+        """What there is to go on from, in words."""
+        there = (self.folder / "checkpoint.pt").exists()
+        return f"--resume {self.folder} goes on from its last checkpoint" if there else "there is no checkpoint"
+
+    def count_episodes(self, infos: dict, counted: np.ndarray | bool = True) -> None:
+        """Notes the return and length of each episode that ended in this step, of the environments `counted` only."""
+        if "final_info" in infos:
+            episode, ended = infos["final_info"]["episode"], infos["final_info"]["_episode"] & counted
+            self.returns.extend(episode["r"][ended].tolist())
+            self.lengths.extend(episode["l"][ended].tolist())
+
+    def log(self, row: dict) -> None:
+        """Writes a row to metrics.jsonl, at once and whole, and to W&B."""
+        line, before = json.dumps(row).encode() + b"\n", self.metrics.tell()
+        try:
+            if self.metrics.write(line) < len(line):
+                self.metrics.truncate(before)
+                raise OSError("no space left for a row")
+        except OSError as error:
+            fail(f"{self.metrics.name} cannot be written at step {self.step:,}: {error}; {self.rescue()}", code=1)
+        if self.wandb:
+            self.wandb.log(row)
+
+    def advance(self, step: int, row: dict[str, float | Tensor]) -> bool:
+        """Moves the run on to `step`: writes the row, the evaluation and the checkpoint that are due.
+
+        True if there was a checkpoint: then the environments must be `reset`, as they are when a run goes on from it.
+        """
+        args, stopping, finished = self.args, self.signal is not None, step >= self.args.total_timesteps
+        log, evaluation, checkpoint = (
+            every > 0 and (finished or step // every > self.step // every)
+            for every in (args.log_every, args.eval_every, args.checkpoint_every)
+        )
+        checkpoint |= stopping or (finished and (self.folder / "checkpoint.pt").exists())
+        self.bar.update(min(step, args.total_timesteps) - self.bar.n)
+        self.step = step
+        self.check_finite(row, states=checkpoint or finished)
+        if log or checkpoint:
+            row = {name: float(x) for name, x in row.items()}
+            row |= {"global_step": step, "charts/episodes": len(self.returns)}
+            row["charts/SPS"] = (step - self.row_step) / (time.perf_counter() - self.row_time)
+            if self.returns:
+                row["charts/episodic_return"] = sum(self.returns) / len(self.returns)
+                row["charts/episodic_length"] = sum(self.lengths) / len(self.lengths)
+                self.bar.set_postfix_str(f"return {row['charts/episodic_return']:.1f}")
+            self.log(row)
+            self.returns, self.lengths = [], []
+        if evaluation and not finished and not stopping:
+            self.evaluate()
+        if checkpoint:
+            states = {name: state.state_dict() for name, state in self.states.items()}
+            saved = {"step": step, "metrics_bytes": self.metrics.tell(), "states": states}
+            write_file(self.folder / "checkpoint.pt", saved)
+        if stopping and not finished:
+            print(f"Stopped at step {step:,}; {self.rescue()}")
+            raise SystemExit(128 + self.signal)
+        if log or checkpoint or evaluation:
+            self.row_step, self.row_time = step, time.perf_counter()
+        return checkpoint
+
+    def check_finite(self, row: dict[str, float | Tensor], states: bool) -> None:
+        """Ends the run if a loss, or with `states` a tensor of a checkpoint, is NaN or infinite: no checkpoint is."""
+        bad = [name for name, x in row.items() if not math.isfinite(x)]
+        if states:
+            tensors = [pair for state in self.states.values() for pair in state.state_dict().items()]
+            bad += [name for name, x in tensors if isinstance(x, Tensor) and not x.isfinite().all()]
+        if bad:
+            hint = "if the observations and rewards are finite, a smaller --learning-rate may help"
+            fail(f"{bad[0]} is not finite at step {self.step:,}; {hint}; {self.rescue()}", code=1)
+
+    def evaluate(self) -> None:
+        """Logs an evaluation of the agent as it is now, with --capture-video a film too."""
+        if self.args.eval_episodes == 0:
+            return
+        video = self.folder / "videos" / f"step-{self.step}" if self.args.capture_video else None
+        row = {"global_step": self.step} | evaluate(self.states["agent"], self.args, video)
+        self.check_finite(row, states=False)
+        self.log(row)
+        if self.wandb and video:
+            import wandb
+
+            film = wandb.Video(str(video.parent / f"{video.name}-episode-0.mp4"), format="mp4")
+            self.wandb.log({"global_step": self.step, "eval/video": film})
+        mean, std, episodes = (row[f"eval/{name}"] for name in ("episodic_return", "episodic_return_std", "episodes"))
+        tqdm.write(f"Evaluation at step {self.step:,}: return {mean:.1f} ± {std:.1f} over {episodes} episodes")
+
+    def finish(self) -> Path:
+        """Saves and evaluates the trained agent; returns the run's folder."""
+        write_file(self.folder / "agent.pt", self.states["agent"].state_dict())
+        self.bar.close()
+        self.evaluate()
+        return self.folder
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Args))
