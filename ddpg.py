@@ -13,7 +13,7 @@ In each update, on a minibatch of a replay buffer (Algorithm 1 of the paper):
 
 E is the mean over transitions (s, a, r, s') from the buffer, Q the critic: the value of an action. No gradient goes
 through y. Q-learning needs the maximum of Q over the actions. Over continuous ones that is a search of its own, whose
-result the actor mu learns: grad J = E[ grad_a Q(s, a) grad mu(s) ] at a = mu(s), the deterministic policy gradient.
+result the actor mu learns: grad J = E[ grad_a Q(s, a) grad mu(s) ] at a = mu(s) (Silver et al. 2014).
 
 The a in Q(s, a) may come from any policy, so the buffer may hold old transitions.
 To explore, Gaussian noise is added to mu(s) (the DDPG paper's is correlated in time, which turned out to be of no use).
@@ -22,8 +22,7 @@ After termination there is no further reward. A time limit (truncation) only sto
 stands for the rewards that would have followed.
 Actions are in units where the bounds of each dimension are -1 and 1.
 
-Lillicrap et al. 2016, "Continuous control with deep reinforcement learning", arXiv 1509.02971. The gradient: Silver et
-al. 2014, "Deterministic policy gradient algorithms".
+Lillicrap et al. 2016, "Continuous control with deep reinforcement learning", arXiv 1509.02971.
 
     python ddpg.py                                                 # Pendulum-v1
     python ddpg.py --env-id HalfCheetah-v5 --total-timesteps 100000 --learning-starts 5000
@@ -149,11 +148,11 @@ class Agent(nn.Module):
         return action.cpu().numpy()
 
     def random_action(self, num_envs: int) -> np.ndarray:
-        """Uniformly random actions (N, action_dim)."""
+        """Uniformly random actions, in the form of those of `act`."""
         return np.random.uniform(-1, 1, (num_envs, self.action_dim)).astype(np.float32)
 
     def to_env(self, action: np.ndarray) -> np.ndarray:
-        """The actions (N, *shape) in the units of the environments."""
+        """The actions of `act` as the environments take them."""
         action = self.center + self.half_width * action.reshape(-1, *self.space.shape)
         return action.clip(self.space.low, self.space.high).astype(self.space.dtype)
 
@@ -188,10 +187,9 @@ class ReplayBuffer:
         action = ((), torch.int64) if discrete else ((math.prod(action_space.shape),), torch.float32)
         kinds = Transitions(obs, action, ((), torch.float32), obs, ((), torch.bool))
         megabytes = self.size * sum(math.prod(shape) * dtype.itemsize for shape, dtype in kinds) / 1e6
-        about = f"replay buffer: {self.size:,} transitions, {megabytes:,.1f} MB"
+        self.about = f"replay buffer: {self.size:,} transitions, {megabytes:,.1f} MB on {device}"
         free = free_memory(device)
-        require(megabytes * 1e6 < free, f"{about} where {free / 1e6:,.0f} MB are free; lower --buffer-size")
-        print(f"{about} on {device}")
+        require(megabytes * 1e6 < free, f"{self.about}, where {free / 1e6:,.0f} MB are free; lower --buffer-size")
         self.rows = Transitions(*(torch.empty(self.size, *shape, dtype=dtype, device=device) for shape, dtype in kinds))
 
     def add(self, *transitions: np.ndarray) -> None:
@@ -322,6 +320,7 @@ def train(args: Args) -> Path:
     gradients = [compiled(f, device) if args.compile else f for f in (critic_gradients, actor_gradients)]
     states = dict(agent=agent, critic_optimizer=critic_optimizer, actor_optimizer=actor_optimizer, buffer=buffer)
     with closing(envs), Run(args, saved, **states) as run:
+        print(buffer.about, flush=True)
         step, row = run.step, {}
         obs = reset(envs, args.seed, step)
         while step < args.total_timesteps:

@@ -13,9 +13,9 @@ In each update, on a minibatch of a replay buffer (Algorithm 1 of the paper):
 E is the mean over transitions (s, a, r, s') from the buffer, Q the critic: the value of an action. No gradient goes
 through y. The buffer gives a minibatch of unlike transitions, and a Q' that stands still a target that does not flee.
 
---double    y = r + gamma (1 - terminated) Q'(s', argmax_a' Q(s', a')). The maximum of noisy values is too high; here
-            the one network chooses the action and the other says what it is worth.
---dueling   Q(s, a) = V(s) + A(s, a) - mean_a' A(s, a'). Every transition teaches V, whatever its action.
+--double   y = r + gamma (1 - terminated) Q'(s', argmax_a' Q(s', a')): the maximum of noisy values is too high, so one
+           network chooses the action and the other says what it is worth
+--dueling  Q(s, a) = V(s) + A(s, a) - mean_a' A(s, a'): every transition teaches V, whatever its action
 
 The a in Q(s, a) may come from any policy, so the buffer may hold old transitions.
 To explore, an action is a random one with the probability epsilon, which falls linearly to its final value.
@@ -89,6 +89,7 @@ class Args:
     train_frequency: int = 2  # steps between two turns of learning
     gradient_steps: int = 1  # updates in a turn of learning
     batch_size: int = 128  # transitions in an update
+    anneal_lr: bool = True  # lower the learning rate linearly to zero
     tau: float = 1.0  # share of the networks in their targets at each update
     target_network_frequency: int = 500  # steps between two updates of the target network
     start_e: float = 1.0  # epsilon at the first step
@@ -147,11 +148,11 @@ class Agent(nn.Module):
         return action
 
     def random_action(self, num_envs: int) -> np.ndarray:
-        """Uniformly random actions (N,)."""
+        """Uniformly random actions, in the form of those of `act`."""
         return np.random.randint(self.space.n, size=num_envs)
 
     def to_env(self, action: np.ndarray) -> np.ndarray:
-        """The actions (N,) as the environments number them."""
+        """The actions of `act` as the environments take them."""
         return action + self.space.start
 
 
@@ -185,10 +186,9 @@ class ReplayBuffer:
         action = ((), torch.int64) if discrete else ((math.prod(action_space.shape),), torch.float32)
         kinds = Transitions(obs, action, ((), torch.float32), obs, ((), torch.bool))
         megabytes = self.size * sum(math.prod(shape) * dtype.itemsize for shape, dtype in kinds) / 1e6
-        about = f"replay buffer: {self.size:,} transitions, {megabytes:,.1f} MB"
+        self.about = f"replay buffer: {self.size:,} transitions, {megabytes:,.1f} MB on {device}"
         free = free_memory(device)
-        require(megabytes * 1e6 < free, f"{about} where {free / 1e6:,.0f} MB are free; lower --buffer-size")
-        print(f"{about} on {device}")
+        require(megabytes * 1e6 < free, f"{self.about}, where {free / 1e6:,.0f} MB are free; lower --buffer-size")
         self.rows = Transitions(*(torch.empty(self.size, *shape, dtype=dtype, device=device) for shape, dtype in kinds))
 
     def add(self, *transitions: np.ndarray) -> None:
@@ -305,10 +305,13 @@ def train(args: Args) -> Path:
     gradients = compiled(critic_gradients, device) if args.compile else critic_gradients
     states = dict(agent=agent, critic_optimizer=critic_optimizer, buffer=buffer)
     with closing(envs), Run(args, saved, **states) as run:
+        print(buffer.about, flush=True)
         step, row = run.step, {}
         obs = reset(envs, args.seed, step)
         while step < args.total_timesteps:
             # Act and remember.
+            remaining = 1 - step / args.total_timesteps if args.anneal_lr else 1.0
+            critic_optimizer.param_groups[0]["lr"] = remaining * args.learning_rate
             agent.epsilon = epsilon_at(step, args)
             if step < args.learning_starts:
                 action = agent.random_action(args.num_envs)
@@ -326,7 +329,7 @@ def train(args: Args) -> Path:
                 row |= dqn_update(agent, critic_optimizer, batch, args, gradients)
             if step // args.target_network_frequency > (step - args.num_envs) // args.target_network_frequency:
                 polyak(agent.target_critic, agent.critic, args.tau)
-            if run.advance(step, row):
+            if run.advance(step, row | {"charts/learning_rate": critic_optimizer.param_groups[0]["lr"]}):
                 obs, row = reset(envs, args.seed, step), {}
         return run.finish()
 

@@ -153,11 +153,11 @@ class Agent(nn.Module):
         return action.cpu().numpy()
 
     def random_action(self, num_envs: int) -> np.ndarray:
-        """Uniformly random actions (N, action_dim)."""
+        """Uniformly random actions, in the form of those of `act`."""
         return np.random.uniform(-1, 1, (num_envs, self.action_dim)).astype(np.float32)
 
     def to_env(self, action: np.ndarray) -> np.ndarray:
-        """The actions (N, *shape) in the units of the environments."""
+        """The actions of `act` as the environments take them."""
         action = self.center + self.half_width * action.reshape(-1, *self.space.shape)
         return action.clip(self.space.low, self.space.high).astype(self.space.dtype)
 
@@ -192,10 +192,9 @@ class ReplayBuffer:
         action = ((), torch.int64) if discrete else ((math.prod(action_space.shape),), torch.float32)
         kinds = Transitions(obs, action, ((), torch.float32), obs, ((), torch.bool))
         megabytes = self.size * sum(math.prod(shape) * dtype.itemsize for shape, dtype in kinds) / 1e6
-        about = f"replay buffer: {self.size:,} transitions, {megabytes:,.1f} MB"
+        self.about = f"replay buffer: {self.size:,} transitions, {megabytes:,.1f} MB on {device}"
         free = free_memory(device)
-        require(megabytes * 1e6 < free, f"{about} where {free / 1e6:,.0f} MB are free; lower --buffer-size")
-        print(f"{about} on {device}")
+        require(megabytes * 1e6 < free, f"{self.about}, where {free / 1e6:,.0f} MB are free; lower --buffer-size")
         self.rows = Transitions(*(torch.empty(self.size, *shape, dtype=dtype, device=device) for shape, dtype in kinds))
 
     def add(self, *transitions: np.ndarray) -> None:
@@ -332,6 +331,7 @@ def train(args: Args) -> Path:
     gradients = [compiled(f, device) if args.compile else f for f in (critic_gradients, actor_gradients)]
     states = dict(agent=agent, critic_optimizer=critic_optimizer, actor_optimizer=actor_optimizer, buffer=buffer)
     with closing(envs), Run(args, saved, **states) as run:
+        print(buffer.about, flush=True)
         step, row = run.step, {}
         obs = reset(envs, args.seed, step)
         while step < args.total_timesteps:

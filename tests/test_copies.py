@@ -14,7 +14,7 @@ SCRIPTS = sorted(path for path in [*ROOT.glob("*.py"), *ROOT.glob("more/*.py")])
 LESSONS = {
     "Args": "each script has flags of its own after the common ones (which a test below compares)",
     "train": "the loop follows the pseudocode of each paper",
-    "Agent": "its networks are the lesson; among the policy-gradient scripts it is one text (which a test below compares)",
+    "Agent": "its networks are the lesson; the policy-gradient scripts have one text (which a test below compares)",
     "critic_loss": "what the target of the critic is made of is the lesson, from dqn.py to sac.py",
     "actor_loss": "what the actor climbs is the lesson, from ddpg.py to sac.py",
     "actor_gradients": "sac.py moves the temperature too",

@@ -8,21 +8,31 @@ import pytest
 import torch
 
 import a2c
+import ddpg
+import dqn
 import ppo
 import reinforce
+import sac
+import td3
 
-MODULES = {"reinforce": reinforce, "a2c": a2c, "ppo": ppo}
-everywhere = pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
+
+def each(*modules):
+    return pytest.mark.parametrize("module", modules, ids=lambda module: module.__name__)
+
+
+everywhere = each(reinforce, a2c, ppo, dqn, ddpg, td3, sac)
+policy_gradient = each(reinforce, a2c, ppo)
+replay = each(dqn, ddpg, td3, sac)
 
 
 class Clock(gym.Env):
     """Observes [its number, episode, step]; the reward tells the step; ends terminated, truncated or both in turn."""
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
-    action_space = gym.spaces.Discrete(2)
     made = 0
 
-    def __init__(self):
+    def __init__(self, action_space=gym.spaces.Discrete(2)):
+        self.action_space = action_space
         self.number, self.episode = Clock.made, -1
         Clock.made += 1
 
@@ -42,6 +52,12 @@ class Clock(gym.Env):
 
 
 gym.register("Clock-v0", Clock)
+gym.register("ClockBox-v0", Clock, kwargs={"action_space": gym.spaces.Box(-1, 3, (2,))})
+
+
+def clock(module):
+    """The id of the clock with actions that the script takes."""
+    return "ClockBox-v0" if module in (ddpg, td3, sac) else "Clock-v0"
 
 
 def rows(folder):
@@ -69,7 +85,7 @@ def rollouts(module, monkeypatch, **flags):
     return seen
 
 
-@everywhere
+@policy_gradient
 def test_transitions_are_whole_and_none_crosses_a_reset(module, monkeypatch, quiet):
     Clock.made = 0
     flags = dict(num_steps=16) if module is not reinforce else {}
@@ -117,7 +133,7 @@ class Integers(gym.Env):
 gym.register("Integers-v0", Integers)
 
 
-@everywhere
+@policy_gradient
 def test_whole_numbers_become_floats(module, monkeypatch, quiet):
     flags = dict(num_steps=8) if module is not reinforce else {}
     seen = rollouts(module, monkeypatch, num_envs=2, total_timesteps=100, **flags, **quiet | {"env_id": "Integers-v0"})
@@ -125,7 +141,7 @@ def test_whole_numbers_become_floats(module, monkeypatch, quiet):
     assert seen[0][0].obs.shape[-1] == 6 and seen[0][0].obs.max() > 100
 
 
-@everywhere
+@policy_gradient
 def test_statistics_grow_after_the_update(module, monkeypatch, quiet):
     """So that the policy that is improved is the one that acted: n-th rollout, statistics of the n - 1 before."""
     flags = dict(num_steps=8) if module is not reinforce else {}
@@ -138,7 +154,7 @@ def test_statistics_grow_after_the_update(module, monkeypatch, quiet):
         before.append(rollout.obs.flatten(0, 1))
 
 
-@everywhere
+@policy_gradient
 def test_the_running_return_goes_on_over_rollouts_and_begins_anew_where_the_environments_do(module, monkeypatch, quiet):
     """After each checkpoint; in REINFORCE, which resets them for each batch, always."""
     flags = dict(num_steps=8) if module is not reinforce else {}
@@ -166,7 +182,7 @@ def test_reinforce_counts_the_episodes_that_it_learns_from(quiet):
         assert row["charts/episodes"] == 3
 
 
-@everywhere
+@policy_gradient
 def test_the_learning_rate_falls_linearly_by_steps(module, quiet):
     flags = dict(num_steps=8) if module is not reinforce else {}
     folder = module.train(
@@ -181,12 +197,115 @@ def test_the_learning_rate_falls_linearly_by_steps(module, quiet):
     assert {row["charts/learning_rate"] for row in rows(folder)} == {0.5}
 
 
+class Spy:
+    """What the loop of a script with replay does, turn by turn, with its own functions doing it."""
+
+    def __init__(self, module, monkeypatch):
+        self.added, self.acted, self.updates, self.polyak, self.turns = [], [], [], [], 0
+        add, act, random_action = module.ReplayBuffer.add, module.Agent.act, module.Agent.random_action
+        name = f"{module.__name__}_update"
+        update, polyak, spy = getattr(module, name), module.polyak, self
+
+        def spy_add(self, *transitions):
+            spy.turns += 1
+            spy.added.append(module.Transitions(*(np.copy(x) for x in transitions)))
+            add(self, *transitions)
+
+        def spy_act(self, obs, explore):
+            spy.acted.append(("policy", getattr(self, "epsilon", None)))
+            return act(self, obs, explore)
+
+        def spy_random(self, num_envs):
+            if len(spy.acted) == spy.turns:  # not a random action within act()
+                spy.acted.append(("random", None))
+            return random_action(self, num_envs)
+
+        def spy_update(agent, *rest):
+            spy.updates.append((spy.turns, rest))
+            return update(agent, *rest)
+
+        def spy_polyak(*rest):
+            spy.polyak.append(spy.turns)
+            return polyak(*rest)
+
+        monkeypatch.setattr(module.ReplayBuffer, "add", spy_add)
+        monkeypatch.setattr(module.Agent, "act", spy_act)
+        monkeypatch.setattr(module.Agent, "random_action", spy_random)
+        monkeypatch.setattr(module, name, spy_update)
+        monkeypatch.setattr(module, "polyak", spy_polyak)
+
+
+@replay
+def test_the_buffer_gets_every_transition_whole_and_none_crosses_a_reset(module, monkeypatch, quiet):
+    Clock.made = 0
+    spy = Spy(module, monkeypatch)
+    flags = quiet | dict(env_id=clock(module), num_envs=3, total_timesteps=600, learning_starts=300, batch_size=8)
+    module.train(module.Args(**flags, checkpoint_every=201))
+    kinds, fresh = set(), {0, 67, 134}  # turns after a checkpoint, which resets the environments
+    for turn, (obs, action, reward, next_obs, terminated) in enumerate(spy.added):
+        assert (obs[:, :2] == next_obs[:, :2]).all() and (obs[:, 2] + 1 == next_obs[:, 2]).all()
+        assert (reward == next_obs[:, 2]).all()
+        number, episode, step = next_obs.T
+        ends, kind = step == 2 + (episode + number) % 4, (episode + number) % 3
+        assert (terminated == (ends & (kind != 1))).all(), "truncation is no termination"
+        kinds |= set(kind[ends])
+        if turn + 1 < len(spy.added):
+            following = spy.added[turn + 1].obs
+            if turn + 1 in fresh:
+                assert (following[:, 2] == 0).all()
+            else:
+                assert (following[~ends] == next_obs[~ends]).all() and (following[ends][:, 2] == 0).all()
+        assert len(action) == 3 and (module is dqn or np.abs(action).max() <= 1)
+    assert len(spy.added) == 200 and kinds == {0, 1, 2}
+
+
+@replay
+def test_actions_are_random_until_learning_starts(module, monkeypatch, quiet):
+    spy = Spy(module, monkeypatch)
+    flags = quiet | dict(env_id=clock(module), num_envs=3, total_timesteps=300, learning_starts=100, batch_size=8)
+    module.train(module.Args(**flags))
+    assert [who for who, _ in spy.acted] == ["random"] * 34 + ["policy"] * 66  # from step 102 on
+    if module is dqn:
+        expected = [max(1 - 0.95 * 3 * turn / 48, 0.05) for turn in range(34, 100)]
+        assert [epsilon for _, epsilon in spy.acted[34:]] == pytest.approx(expected)
+
+
+@replay
+@pytest.mark.parametrize("num_envs", (1, 2, 5))
+def test_updates_and_their_batches_come_when_they_should(module, num_envs, monkeypatch, quiet):
+    spy = Spy(module, monkeypatch)
+    flags = dict(train_frequency=4, gradient_steps=3, learning_starts=50, batch_size=16, total_timesteps=200)
+    flags |= quiet | dict(env_id=clock(module), num_envs=num_envs)
+    module.train(module.Args(**flags))
+    turn_of = lambda step: -(-step // num_envs)  # noqa: E731
+    expected = [turn_of(step) for step in range(52, 201, 4) for _ in range(3)]
+    assert [turn for turn, _ in spy.updates] == expected
+    for _, rest in spy.updates:
+        (batch,) = (x for x in rest if isinstance(x, module.Transitions))
+        assert batch.reward.shape == (16,) and batch.obs.shape == (16, 3)
+    if module is td3:
+        assert [rest[4] for _, rest in spy.updates] == list(range(len(expected)))
+        assert len(spy.polyak) == 2 * len(range(0, len(expected), 2))
+    elif module is not dqn:
+        assert len(spy.polyak) == len(expected) * (2 if module is ddpg else 1)
+
+
+@pytest.mark.parametrize("num_envs", (1, 2, 5))
+def test_the_target_network_of_dqn_has_a_clock_of_its_own(num_envs, monkeypatch, quiet):
+    """Steps of the environments count, not updates, nor whether there is one at that step."""
+    spy = Spy(dqn, monkeypatch)
+    flags = dict(train_frequency=30, target_network_frequency=7, learning_starts=0, total_timesteps=200)
+    dqn.train(dqn.Args(num_envs=num_envs, batch_size=8, **flags, **quiet))
+    assert spy.polyak == [-(-step // num_envs) for step in range(7, 201, 7)]
+
+
 @everywhere
 def test_evaluation_leaves_the_agent_and_the_generators_alone(module):
-    args = module.Args(env_id="Pendulum-v1", eval_episodes=3)
+    args = module.Args(env_id="CartPole-v1" if module is dqn else "Pendulum-v1", eval_episodes=3)
     envs = module.make_envs(args, 1)
     agent = module.Agent(envs, args, torch.device("cpu"))
-    agent.obs_statistics.update(torch.randn(100, 3))
+    if hasattr(agent, "obs_statistics"):
+        agent.obs_statistics.update(torch.randn(100, 3))
     before = {k: v.clone() for k, v in agent.state_dict().items()}
     states = torch.get_rng_state(), np.random.get_state()[1].copy()
     first, second = module.evaluate(agent, args), module.evaluate(agent, args)
@@ -198,7 +317,7 @@ def test_evaluation_leaves_the_agent_and_the_generators_alone(module):
 @everywhere
 def test_evaluation_is_the_mean_over_one_whole_episode_in_each_environment(module, monkeypatch):
     Clock.made = 0
-    args = module.Args(env_id="Clock-v0", eval_episodes=4)
+    args = module.Args(env_id=clock(module), eval_episodes=4)
     agent = module.Agent(module.make_envs(args, 1), args, torch.device("cpu"))
     Clock.made = 0
     returns = [sum(range(1, 3 + n % 4)) for n in range(4)]
@@ -210,7 +329,7 @@ def test_evaluation_is_the_mean_over_one_whole_episode_in_each_environment(modul
 
 @everywhere
 def test_evaluation_acts_without_exploration_on_other_seeds(module, monkeypatch):
-    args = module.Args(env_id="Pendulum-v1", eval_episodes=2)
+    args = module.Args(env_id="CartPole-v1" if module is dqn else "Pendulum-v1", eval_episodes=2)
     envs = module.make_envs(args, 2)
     agent = module.Agent(envs, args, torch.device("cpu"))
     explored, seeds = set(), []
@@ -240,9 +359,10 @@ def test_reset_seeds_every_generator_from_seed_and_step(module):
 
     def draw(seed, step):
         obs = module.reset(envs, seed, step)
-        return *obs.flatten(), random.random(), np.random.rand(), torch.rand(()).item(), *envs.action_space.sample()
+        action = envs.action_space.sample()
+        return *obs.flat, random.random(), np.random.rand(), torch.rand(()).item(), *action.flat
 
     assert draw(1, 0) == draw(1, 0)
     others = [draw(seed, step) for seed, step in ((1, 0), (1, 1), (2, 0), (2, 1))]
-    for i in range(len(others[0]) - 2):  # the two sampled actions may agree by chance
+    for i in range(len(others[0]) - 2):  # two sampled Discrete actions may agree by chance
         assert len({other[i] for other in others}) == 4
