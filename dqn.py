@@ -291,7 +291,8 @@ def train(args: Args) -> Path:
     for name in ("learning_starts",):
         require(0 <= getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must not be below 0")
     require(args.tau <= 1, "--tau must not be above 1")
-    for name in ("start_e", "end_e", "eval_epsilon", "exploration_fraction"):
+    require(0 < args.exploration_fraction <= 1, "--exploration-fraction must be above 0, and not above 1")
+    for name in ("start_e", "end_e", "eval_epsilon"):
         require(0 <= getattr(args, name) <= 1, f"--{name.replace('_', '-')} must lie between 0 and 1")
     envs = make_envs(args, args.num_envs)
     space = envs.single_action_space

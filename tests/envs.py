@@ -116,6 +116,7 @@ for name, kind in {"Raises": Raises, "NaN": NaN, "Ledger": Ledger, "Forever": Fo
     gym.register(f"{name}-v0", kind)
     gym.register(f"{name}Box-v0", kind, kwargs={"action_space": UNEVEN})
 gym.register("BoxTiny-v0", Tiny, kwargs={"action_space": UNEVEN})
+gym.register("Unbounded-v0", Tiny, kwargs={"action_space": Box(np.float32([-1, -np.inf]), np.float32([1, 1]))})
 gym.register("MultiDiscrete-v0", Tiny, kwargs={"action_space": MultiDiscrete([2, 3])})
 gym.register("DiscreteFrom3-v0", Tiny, kwargs={"action_space": Discrete(2, start=3)})
 gym.register("SignalsCartPole-v0", SignalsCartPole, max_episode_steps=500)

@@ -7,7 +7,6 @@ import pickle
 import shutil
 import sys
 import warnings
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -64,9 +63,11 @@ BAD_FLAGS = [
     ("--resume nowhere", "--resume nowhere", "args.json"),
 ]
 WRONG_ACTIONS = {"Discrete": "CartPole-v1", "Box": "Pendulum-v1"}
+HELP = {"dqn": "sac.py", "ddpg": "dqn.py", "td3": "dqn.py", "sac": "dqn.py"}  # a script that takes those actions
+REPLAY = [s for s in SCRIPTS if s in HELP]
 OWN_FLAGS = [
     *(
-        (s, f"--env-id {i}", f"{i}: actions must be")
+        (s, f"--env-id {i}", f"{i}: actions must be", "these are", "try", "ppo.py", HELP[s])
         for s in SCRIPTS
         for k, i in WRONG_ACTIONS.items()
         if not takes(s, k)
@@ -80,6 +81,26 @@ OWN_FLAGS = [
     ("a2c", "--num-steps 0", "--num-steps", "above 0"),
     ("a2c", "--max-grad-norm 0", "--max-grad-norm", "above 0"),
     ("reinforce", "--baseline mean --num-envs 1", "--baseline mean", "2 environments"),
+    *(
+        (s, f"--{name} {x}", f"--{name}", "above 0")
+        for s in REPLAY
+        for name in "buffer-size batch-size train-frequency gradient-steps tau".split()
+        for x in "0 -1".split()
+    ),
+    *((s, "--tau 1.1", "--tau", "above 1") for s in REPLAY),
+    *((s, "--learning-starts -1", "--learning-starts", "below 0") for s in REPLAY),
+    *((s, "--buffer-size 10_000_000_000_000 --total-timesteps 10_000_000_000_000", "buffer-size") for s in REPLAY),
+    *((s, f"--q-lr {x}", "--q-lr", "above 0") for s in REPLAY if s != "dqn" for x in ("0", "nan", "inf")),
+    *((s, "--exploration-noise -0.1", "--exploration-noise", "below 0") for s in ("ddpg", "td3")),
+    ("td3", "--policy-frequency 0", "--policy-frequency", "above 0"),
+    ("td3", "--policy-noise -1", "--policy-noise", "below 0"),
+    ("td3", "--noise-clip nan", "--noise-clip"),
+    ("sac", "--alpha 0", "--alpha", "above 0"),
+    ("dqn", "--target-network-frequency 0", "--target-network-frequency", "above 0"),
+    *(("dqn", f"--{name} 1.1", f"--{name}", "between") for name in ("start-e", "end-e", "eval-epsilon")),
+    ("dqn", "--exploration-fraction 0", "--exploration-fraction", "above 0"),
+    ("dqn", "--exploration-fraction 2", "--exploration-fraction"),
+    *((s, "--env-id tests.envs:Unbounded-v0", "finite bounds", "inf", "ppo.py") for s in ("ddpg", "td3", "sac")),
 ]
 CASES = [(script, *case) for script in SCRIPTS for case in BAD_FLAGS] + OWN_FLAGS
 
@@ -264,9 +285,11 @@ def test_a_run_of_another_environment_or_seed_is_refused_even_where_the_flag_equ
 
 def test_a_checkpoint_of_other_networks_is_refused(stopped, not_resumed):
     script, folder = stopped
-    if "norm_obs" not in {f.name for f in fields(importlib.import_module(script).Args)}:
-        pytest.skip(f"{script} has no flag that changes what a checkpoint holds")
-    assert "does not fit" in not_resumed(script, folder, "--no-norm-obs")
+    other = {"dqn": ("--dueling",), "ddpg": (), "td3": (), "sac": ()}.get(script, ("--no-norm-obs",))
+    if other:
+        assert "does not fit" in not_resumed(script, folder, *other)
+    if script in REPLAY:
+        assert "does not fit: its replay buffer" in not_resumed(script, folder, "--buffer-size", "1000")
 
 
 def test_more_steps_after_the_end_need_a_checkpoint(finished, stopped, not_resumed):
