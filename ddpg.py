@@ -11,15 +11,17 @@ In each update, on a minibatch of a replay buffer (Algorithm 1 of the paper):
     J(mu)    = E[ Q(s, mu(s)) ]                                 the actor goes up J
     Q'       = tau Q + (1 - tau) Q', and mu' likewise           the target networks follow slowly
 
-E is the mean over transitions (s, a, r, s') from the buffer, Q the critic: the value of an action. No gradient goes
-through y. Q-learning needs the maximum of Q over the actions. Over continuous ones that is a search of its own, whose
-result the actor mu learns: grad J = E[ grad_a Q(s, a) grad mu(s) ] at a = mu(s) (Silver et al. 2014).
+E is the mean over transitions (s, a, r, s') from the buffer, Q(s, a) the critic: the value of action a in state s. The
+networks with a dash are the target networks. No gradient goes through y, and each loss moves its own networks only.
+
+Q-learning needs the maximum of Q over the actions. Over continuous ones that is a search of its own, whose result the
+actor mu learns: grad J = E[ grad_a Q(s, a) grad mu(s) ] at a = mu(s) (Silver et al. 2014).
 
 The a in Q(s, a) may come from any policy, so the buffer may hold old transitions.
 To explore, Gaussian noise is added to mu(s) (the DDPG paper's is correlated in time, which turned out to be of no use).
 
-After termination there is no further reward. A time limit (truncation) only stops the recording: Q of the last state
-stands for the rewards that would have followed.
+After termination there is no further reward. A time limit (truncation) only cuts the episode short: Q of the last state
+stands for what would have followed.
 Actions are in units where the bounds of each dimension are -1 and 1.
 
 Lillicrap et al. 2016, "Continuous control with deep reinforcement learning", arXiv 1509.02971.
@@ -65,10 +67,10 @@ class Args:
     seed: int = 1  # seed of every random generator
     total_timesteps: int = 20_000  # length of the training; a step is one transition of one environment
     num_envs: int = 1  # environments that step together
-    learning_rate: float = 1e-3  # step size of the actor's optimizer
+    learning_rate: float = 1e-3  # step size of the actor
     gamma: float = 0.99  # discount factor
-    device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"  # networks this small are fastest on the CPU
-    num_threads: int = 1  # CPU threads of torch; networks this small are fastest on one
+    device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"  # where to train; auto takes a GPU if there is one
+    num_threads: int = 1  # CPU threads of torch; one is fastest for small networks, or with a run on every core
     compile: bool = False  # compile the loss and its gradient with torch.compile; on the CPU needs a C++ compiler
     track: bool = False  # log to Weights & Biases as well (WANDB_MODE=offline works)
     wandb_project_name: str = "rungs"  # project on Weights & Biases
@@ -88,7 +90,7 @@ class Args:
     gradient_steps: int = 1  # updates in a turn of learning
     batch_size: int = 256  # transitions in an update
     tau: float = 0.005  # share of the networks in their targets at each update
-    q_lr: float = 1e-3  # step size of the optimizer of Q
+    q_lr: float = 1e-3  # step size of Q
     exploration_noise: float = 0.1  # standard deviation of the noise on actions, in units where bounds are +-1
 
 
@@ -109,7 +111,7 @@ class DeterministicActor(nn.Module):
 
 
 class Critic(nn.Module):
-    """Q(s, a): the discounted sum of the rewards that follow action a in state s."""
+    """Q(s, a): the value of action a in state s."""
 
     def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()
@@ -142,7 +144,7 @@ class Agent(nn.Module):
     @torch.inference_mode()
     def act(self, obs: np.ndarray, explore: bool) -> np.ndarray:
         """Actions (N, action_dim) for obs (N, obs_dim): mu(s), with noise to explore."""
-        action = self.actor(as_floats(torch.from_numpy(obs).to(self.device)))
+        action = self.actor(as_floats(torch.from_numpy(obs)).to(self.device))
         if explore:
             action = (action + self.exploration_noise * torch.randn_like(action)).clamp(-1, 1)
         return action.cpu().numpy()
@@ -179,8 +181,8 @@ class ReplayBuffer:
     """The last transitions: a ring of preallocated tensors on the training device."""
 
     def __init__(self, envs: gym.vector.VectorEnv, size: int, device: torch.device):
-        """A ring of `size` transitions, rounded up to the same number for each environment."""
-        self.size, self.added = -(-size // envs.num_envs) * envs.num_envs, 0
+        """A ring of `size` transitions, or of one for each environment if they are more."""
+        self.size, self.added = max(size, envs.num_envs), 0
         obs_space, action_space = envs.single_observation_space, envs.single_action_space
         obs = (math.prod(obs_space.shape),), torch.uint8 if obs_space.dtype == np.uint8 else torch.float32
         discrete = isinstance(action_space, gym.spaces.Discrete)
@@ -194,10 +196,11 @@ class ReplayBuffer:
 
     def add(self, *transitions: np.ndarray) -> None:
         """Adds one transition of each environment: arrays (N, ...) in the order of the fields of Transitions."""
-        start = self.added % self.size
+        added = self.added + len(transitions[0])
+        places = torch.arange(self.added, added) % self.size
         for rows, new in zip(self.rows, transitions):
-            rows[start : start + len(new)] = torch.from_numpy(new)
-        self.added += len(transitions[0])
+            rows[places] = torch.from_numpy(new).to(rows)
+        self.added = added
 
     def sample(self, batch_size: int) -> Transitions:
         """Transitions drawn uniformly, with replacement."""
@@ -233,8 +236,8 @@ def critic_loss(agent: Agent, args: Args, batch: Transitions) -> tuple[Tensor, d
     """L(Q), and what the log shows of it."""
     with torch.no_grad():
         next_action = agent.target_actor(batch.next_obs)
-        next_q = agent.target_critic(batch.next_obs, next_action)
-        target = batch.reward + args.gamma * next_q * ~batch.terminated
+        next_value = agent.target_critic(batch.next_obs, next_action)
+        target = batch.reward + args.gamma * next_value * ~batch.terminated
     q = agent.critic(batch.obs, batch.action)
     loss = (q - target).square().mean()
     return loss, {"losses/qf_loss": loss.detach(), "losses/qf_values": q.detach().mean()}
@@ -290,7 +293,7 @@ def ddpg_update(
 
 
 def updates_by(step: int, args: Args) -> int:
-    """How many updates belong to the first `step` steps: gradient_steps for every train_frequency of them."""
+    """Updates due by `step`: gradient_steps at each multiple of train_frequency above learning_starts."""
     turns = step // args.train_frequency - args.learning_starts // args.train_frequency
     return args.gradient_steps * max(0, turns)
 
@@ -513,7 +516,10 @@ class Run:
         self.folder = Path(args.resume or Path(args.runs_dir, name))
         try:
             for name, state in saved["states"].items():
+                made = [dict(group) for group in getattr(states[name], "param_groups", ())]
                 states[name].load_state_dict(state)
+                for group, given in zip(getattr(states[name], "param_groups", ()), made):
+                    group.update(given)  # the flags of this run, not those of the checkpoint
         except Exception as error:
             fail(f"--resume {self.folder}: the checkpoint does not fit: {error}")
         self.wandb = self.start_wandb() if args.track else None

@@ -8,10 +8,12 @@ In each update, on a minibatch of a replay buffer (Algorithm 1 of the paper):
 
     y        = r + gamma (1 - terminated) max_a' Q'(s', a')     the target of the critic
     L(Q)     = E[ l(Q(s, a) - y) ]                              the critic goes down L, l the Huber loss (or x^2 / 2)
-    Q'       = tau Q + (1 - tau) Q'                             the target network, every so many steps, tau = 1
+    Q'       = tau Q + (1 - tau) Q'                             every so many steps, a copy for tau = 1
 
-E is the mean over transitions (s, a, r, s') from the buffer, Q the critic: the value of an action. No gradient goes
-through y. The buffer gives a minibatch of unlike transitions, and a Q' that stands still a target that does not flee.
+E is the mean over transitions (s, a, r, s') from the buffer, Q(s, a) the critic: the value of action a in state s. The
+networks with a dash are the target networks. No gradient goes through y, and each loss moves its own networks only.
+
+The buffer gives minibatches of unlike transitions, and a Q' that stands still gives a target that does not flee.
 
 --double   y = r + gamma (1 - terminated) Q'(s', argmax_a' Q(s', a')): the maximum of noisy values is too high, so one
            network chooses the action and the other says what it is worth
@@ -20,17 +22,17 @@ through y. The buffer gives a minibatch of unlike transitions, and a Q' that sta
 The a in Q(s, a) may come from any policy, so the buffer may hold old transitions.
 To explore, an action is a random one with the probability epsilon, which falls linearly to its final value.
 
-After termination there is no further reward. A time limit (truncation) only stops the recording: Q of the last state
-stands for the rewards that would have followed.
+After termination there is no further reward. A time limit (truncation) only cuts the episode short: Q of the last state
+stands for what would have followed.
 
 Mnih et al. 2015, "Human-level control through deep reinforcement learning", Nature 518. Double: van Hasselt, Guez and
 Silver 2016, arXiv 1509.06461. Dueling: Wang et al. 2016, arXiv 1511.06581.
 
     python dqn.py                                                  # CartPole-v1
-    python dqn.py --env-id Acrobot-v1 --double --dueling
+    python dqn.py --env-id Acrobot-v1 --total-timesteps 100000 --double --dueling
     python dqn.py --resume runs/FOLDER --capture-video             # film a finished run
 
-The next script is ddpg.py, whose diff from this one is an actor in the place of the maximum.
+The next script is ddpg.py, for continuous actions: the diff is an actor in the place of the maximum.
 """
 
 import copy
@@ -67,10 +69,10 @@ class Args:
     seed: int = 1  # seed of every random generator
     total_timesteps: int = 50_000  # length of the training; a step is one transition of one environment
     num_envs: int = 1  # environments that step together
-    learning_rate: float = 1e-3  # step size of the optimizer
+    learning_rate: float = 1e-3  # step size of the critic
     gamma: float = 0.99  # discount factor
-    device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"  # networks this small are fastest on the CPU
-    num_threads: int = 1  # CPU threads of torch; networks this small are fastest on one
+    device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"  # where to train; auto takes a GPU if there is one
+    num_threads: int = 1  # CPU threads of torch; one is fastest for small networks, or with a run on every core
     compile: bool = False  # compile the loss and its gradient with torch.compile; on the CPU needs a C++ compiler
     track: bool = False  # log to Weights & Biases as well (WANDB_MODE=offline works)
     wandb_project_name: str = "rungs"  # project on Weights & Biases
@@ -101,12 +103,11 @@ class Args:
     dueling: bool = False  # separate value of the state and advantages of the actions
 
 
-
 # ----- networks -------------------------------------------------------------------------------------------------------
 
 
 class QNetwork(nn.Module):
-    """Q(s, a): the discounted sum of the rewards that follow action a in state s, for every a of a Discrete space."""
+    """Q(s, a): the value of each action a in state s."""
 
     def __init__(self, obs_dim: int, actions: int, dueling: bool):
         super().__init__()
@@ -140,7 +141,7 @@ class Agent(nn.Module):
     @torch.inference_mode()
     def act(self, obs: np.ndarray, explore: bool) -> np.ndarray:
         """Actions (N,) for obs (N, obs_dim): those of the highest Q, with the probability epsilon random ones."""
-        action = self.critic(as_floats(torch.from_numpy(obs).to(self.device))).argmax(-1).cpu().numpy()
+        action = self.critic(as_floats(torch.from_numpy(obs)).to(self.device)).argmax(-1).cpu().numpy()
         epsilon = self.epsilon if explore else self.eval_epsilon
         if epsilon > 0:
             strays = np.random.rand(len(obs)) < epsilon
@@ -178,8 +179,8 @@ class ReplayBuffer:
     """The last transitions: a ring of preallocated tensors on the training device."""
 
     def __init__(self, envs: gym.vector.VectorEnv, size: int, device: torch.device):
-        """A ring of `size` transitions, rounded up to the same number for each environment."""
-        self.size, self.added = -(-size // envs.num_envs) * envs.num_envs, 0
+        """A ring of `size` transitions, or of one for each environment if they are more."""
+        self.size, self.added = max(size, envs.num_envs), 0
         obs_space, action_space = envs.single_observation_space, envs.single_action_space
         obs = (math.prod(obs_space.shape),), torch.uint8 if obs_space.dtype == np.uint8 else torch.float32
         discrete = isinstance(action_space, gym.spaces.Discrete)
@@ -193,10 +194,11 @@ class ReplayBuffer:
 
     def add(self, *transitions: np.ndarray) -> None:
         """Adds one transition of each environment: arrays (N, ...) in the order of the fields of Transitions."""
-        start = self.added % self.size
+        added = self.added + len(transitions[0])
+        places = torch.arange(self.added, added) % self.size
         for rows, new in zip(self.rows, transitions):
-            rows[start : start + len(new)] = torch.from_numpy(new)
-        self.added += len(transitions[0])
+            rows[places] = torch.from_numpy(new).to(rows)
+        self.added = added
 
     def sample(self, batch_size: int) -> Transitions:
         """Transitions drawn uniformly, with replacement."""
@@ -274,7 +276,7 @@ def epsilon_at(step: int, args: Args) -> float:
 
 
 def updates_by(step: int, args: Args) -> int:
-    """How many updates belong to the first `step` steps: gradient_steps for every train_frequency of them."""
+    """Updates due by `step`: gradient_steps at each multiple of train_frequency above learning_starts."""
     turns = step // args.train_frequency - args.learning_starts // args.train_frequency
     return args.gradient_steps * max(0, turns)
 
@@ -504,7 +506,10 @@ class Run:
         self.folder = Path(args.resume or Path(args.runs_dir, name))
         try:
             for name, state in saved["states"].items():
+                made = [dict(group) for group in getattr(states[name], "param_groups", ())]
                 states[name].load_state_dict(state)
+                for group, given in zip(getattr(states[name], "param_groups", ()), made):
+                    group.update(given)  # the flags of this run, not those of the checkpoint
         except Exception as error:
             fail(f"--resume {self.folder}: the checkpoint does not fit: {error}")
         self.wandb = self.start_wandb() if args.track else None

@@ -68,8 +68,8 @@ class Args:
     num_envs: int = 4  # environments that step together
     learning_rate: float = 2.5e-4  # step size of the optimizer
     gamma: float = 0.99  # discount factor
-    device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"  # networks this small are fastest on the CPU
-    num_threads: int = 1  # CPU threads of torch; networks this small are fastest on one
+    device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"  # where to train; auto takes a GPU if there is one
+    num_threads: int = 1  # CPU threads of torch; one is fastest for small networks, or with a run on every core
     compile: bool = False  # compile the loss and its gradient with torch.compile; on the CPU needs a C++ compiler
     track: bool = False  # log to Weights & Biases as well (WANDB_MODE=offline works)
     wandb_project_name: str = "rungs"  # project on Weights & Biases
@@ -571,7 +571,10 @@ class Run:
         self.folder = Path(args.resume or Path(args.runs_dir, name))
         try:
             for name, state in saved["states"].items():
+                made = [dict(group) for group in getattr(states[name], "param_groups", ())]
                 states[name].load_state_dict(state)
+                for group, given in zip(getattr(states[name], "param_groups", ()), made):
+                    group.update(given)  # the flags of this run, not those of the checkpoint
         except Exception as error:
             fail(f"--resume {self.folder}: the checkpoint does not fit: {error}")
         self.wandb = self.start_wandb() if args.track else None

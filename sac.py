@@ -6,24 +6,28 @@
 
 In each update, on a minibatch of a replay buffer (Algorithm 1 of the paper):
 
-    a'       = tanh(m(s') + sigma(s') noise)                    drawn from the policy pi, the noise is Gaussian
+    a'       = tanh(u'),  u' = m(s') + sigma(s') noise          drawn from the policy pi, the noise is Gaussian
     y        = r + gamma (1 - terminated) (min_i Qi'(s', a') - alpha log pi(a'|s'))
     L(Q)     = E[ (Q1(s, a) - y)^2 + (Q2(s, a) - y)^2 ]         the critics go down L
     J(pi)    = E[ min_i Qi(s, a) - alpha log pi(a|s) ]          the actor goes up J, a drawn from pi as a' above
-    L(alpha) = E[ -alpha (log pi(a|s) + H) ]                    the temperature goes down L: to an entropy of H
+    L(alpha) = E[ -alpha (log pi(a|s) + H) ]                    alpha goes down L: the entropy to H = -dim(a)
     Q'       = tau Q + (1 - tau) Q'                             the target networks follow slowly
 
-E is the mean over transitions (s, a, r, s') from the buffer, Q the critic: the value of an action. No gradient goes
-through y. Maximised is the return plus the entropy of the actor pi at each step, weighed by the temperature alpha:
-the policy explores by itself, and keeps to all the ways that are as good. J has a gradient because a is a function of
-m, sigma and a noise that depends on neither. The temperature grows while the entropy is below H, and falls above it.
+E is the mean over transitions (s, a, r, s') from the buffer, Q(s, a) the critic: the value of action a in state s. The
+networks with a dash are the target networks. No gradient goes through y, and each loss moves its own networks only.
 
-log pi(a|s) is the log density of the Gaussian at u = m + sigma noise, less log(1 - tanh(u)^2) for each dimension.
+An actor that climbs Q finds the errors of Q that look like good actions, and the target spreads them. Two critics
+seldom err alike: the lower one does not promise what the other doubts (clipped double Q-learning).
+
+The aim is the return plus, at each step, alpha times the entropy E[ -log pi(a|s) ]: the policy explores by itself and
+gives up no action that is equally good. Q counts these bonuses too. log pi(a|s) is the log density of the Gaussian at u
+less the log of da/du = 1 - tanh(u)^2 for each dimension. J has a gradient because a is a function of m, sigma and a
+noise that depends on neither (the reparameterization trick).
 
 The a in Q(s, a) may come from any policy, so the buffer may hold old transitions.
 
-After termination there is no further reward. A time limit (truncation) only stops the recording: Q of the last state
-stands for the rewards that would have followed.
+After termination there is no further reward. A time limit (truncation) only cuts the episode short: Q of the last state
+stands for what would have followed.
 Actions are in units where the bounds of each dimension are -1 and 1.
 
 Haarnoja et al. 2018, "Soft actor-critic algorithms and applications", arXiv 1812.05905.
@@ -32,7 +36,7 @@ Haarnoja et al. 2018, "Soft actor-critic algorithms and applications", arXiv 181
     python sac.py --env-id HalfCheetah-v5 --total-timesteps 100000 --learning-starts 5000
     python sac.py --resume runs/FOLDER --capture-video             # film a finished run
 
-The diff from td3.py is the random policy with its entropy, and the temperature that sets how random it is.
+The diff from td3.py is the random policy with its entropy, and the temperature alpha that sets how random it is.
 """
 
 import copy
@@ -69,10 +73,10 @@ class Args:
     seed: int = 1  # seed of every random generator
     total_timesteps: int = 20_000  # length of the training; a step is one transition of one environment
     num_envs: int = 1  # environments that step together
-    learning_rate: float = 3e-4  # step size of the actor's optimizer
+    learning_rate: float = 3e-4  # step size of the actor
     gamma: float = 0.99  # discount factor
-    device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"  # networks this small are fastest on the CPU
-    num_threads: int = 1  # CPU threads of torch; networks this small are fastest on one
+    device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"  # where to train; auto takes a GPU if there is one
+    num_threads: int = 1  # CPU threads of torch; one is fastest for small networks, or with a run on every core
     compile: bool = False  # compile the loss and its gradient with torch.compile; on the CPU needs a C++ compiler
     track: bool = False  # log to Weights & Biases as well (WANDB_MODE=offline works)
     wandb_project_name: str = "rungs"  # project on Weights & Biases
@@ -92,10 +96,9 @@ class Args:
     gradient_steps: int = 1  # updates in a turn of learning
     batch_size: int = 256  # transitions in an update
     tau: float = 0.005  # share of the networks in their targets at each update
-    q_lr: float = 1e-3  # step size of the optimizer of Q
+    q_lr: float = 1e-3  # step size of Q and of the temperature
     autotune: bool = True  # tune the temperature to an entropy of minus the number of action dimensions
-    alpha: float = 0.2  # temperature, with --autotune the initial one; tuned with the step size of Q
-
+    alpha: float = 0.2  # temperature, with --autotune the initial one
 
 
 # ----- networks -------------------------------------------------------------------------------------------------------
@@ -116,7 +119,7 @@ class SquashedGaussianActor(nn.Module):
 
 
 class Critic(nn.Module):
-    """Q(s, a): the discounted sum of the rewards that follow action a in state s."""
+    """Q(s, a): the value of action a in state s."""
 
     def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()
@@ -147,11 +150,11 @@ class Agent(nn.Module):
 
     @torch.inference_mode()
     def act(self, obs: np.ndarray, explore: bool) -> np.ndarray:
-        """Actions (N, action_dim) for obs (N, obs_dim): drawn from pi, or those of its means."""
-        mean, log_std = self.actor(as_floats(torch.from_numpy(obs).to(self.device)))
+        """Actions (N, action_dim) for obs (N, obs_dim): drawn from pi, or the tanh of its means."""
+        u, log_std = self.actor(as_floats(torch.from_numpy(obs)).to(self.device))
         if explore:
-            mean = mean + log_std.exp() * torch.randn_like(mean)
-        return mean.tanh().cpu().numpy()
+            u = u + log_std.exp() * torch.randn_like(u)
+        return u.tanh().cpu().numpy()
 
     def random_action(self, num_envs: int) -> np.ndarray:
         """Uniformly random actions, in the form of those of `act`."""
@@ -185,8 +188,8 @@ class ReplayBuffer:
     """The last transitions: a ring of preallocated tensors on the training device."""
 
     def __init__(self, envs: gym.vector.VectorEnv, size: int, device: torch.device):
-        """A ring of `size` transitions, rounded up to the same number for each environment."""
-        self.size, self.added = -(-size // envs.num_envs) * envs.num_envs, 0
+        """A ring of `size` transitions, or of one for each environment if they are more."""
+        self.size, self.added = max(size, envs.num_envs), 0
         obs_space, action_space = envs.single_observation_space, envs.single_action_space
         obs = (math.prod(obs_space.shape),), torch.uint8 if obs_space.dtype == np.uint8 else torch.float32
         discrete = isinstance(action_space, gym.spaces.Discrete)
@@ -200,10 +203,11 @@ class ReplayBuffer:
 
     def add(self, *transitions: np.ndarray) -> None:
         """Adds one transition of each environment: arrays (N, ...) in the order of the fields of Transitions."""
-        start = self.added % self.size
+        added = self.added + len(transitions[0])
+        places = torch.arange(self.added, added) % self.size
         for rows, new in zip(self.rows, transitions):
-            rows[start : start + len(new)] = torch.from_numpy(new)
-        self.added += len(transitions[0])
+            rows[places] = torch.from_numpy(new).to(rows)
+        self.added = added
 
     def sample(self, batch_size: int) -> Transitions:
         """Transitions drawn uniformly, with replacement."""
@@ -236,9 +240,10 @@ def free_memory(device: torch.device) -> float:
 
 
 def squashed_log_prob(u: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """log pi(tanh(u)|s) (B,), all (B, action_dim); 1 - tanh(u)^2 as 4 / (e^u + e^-u)^2, which never rounds to 0."""
+    """log pi(tanh(u)|s) (B,), inputs (B, action_dim)."""
     gaussian = -((u - mean) / log_std.exp()).square() / 2 - log_std - math.log(2 * math.pi) / 2
-    return (gaussian - 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))).sum(-1)
+    log_slope = 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))  # log(1 - tanh(u)^2), exact for a large u too
+    return (gaussian - log_slope).sum(-1)
 
 
 def draw(actor: SquashedGaussianActor, obs: Tensor) -> tuple[Tensor, Tensor]:
@@ -252,8 +257,8 @@ def critic_loss(agent: Agent, args: Args, batch: Transitions) -> tuple[Tensor, d
     """L(Q), and what the log shows of it."""
     with torch.no_grad():
         next_action, next_log_prob = draw(agent.actor, batch.next_obs)
-        next_q = torch.min(*(critic(batch.next_obs, next_action) for critic in agent.target_critics))
-        next_value = next_q - agent.log_alpha.exp() * next_log_prob
+        next_value = torch.min(*(critic(batch.next_obs, next_action) for critic in agent.target_critics))
+        next_value -= agent.log_alpha.exp() * next_log_prob
         target = batch.reward + args.gamma * next_value * ~batch.terminated
     q = torch.stack([critic(batch.obs, batch.action) for critic in agent.critics])
     loss = (q - target).square().mean(-1).sum()
@@ -287,7 +292,7 @@ def critic_gradients(agent: Agent, args: Args, batch: Transitions) -> dict[str, 
 def actor_gradients(agent: Agent, args: Args, batch: Transitions) -> dict[str, Tensor]:
     """Leaves the gradient of `actor_loss` in .grad of what it moves, not in that of Q; --compile compiles this."""
     loss, log = actor_loss(agent, args, batch)
-    loss.backward(inputs=[*agent.actor.parameters(), *[agent.log_alpha][: args.autotune]])
+    loss.backward(inputs=[p for p in (*agent.actor.parameters(), agent.log_alpha) if p.requires_grad])
     return log
 
 
@@ -320,7 +325,7 @@ def sac_update(
 
 
 def updates_by(step: int, args: Args) -> int:
-    """How many updates belong to the first `step` steps: gradient_steps for every train_frequency of them."""
+    """Updates due by `step`: gradient_steps at each multiple of train_frequency above learning_starts."""
     turns = step // args.train_frequency - args.learning_starts // args.train_frequency
     return args.gradient_steps * max(0, turns)
 
@@ -352,6 +357,8 @@ def train(args: Args) -> Path:
     states = dict(agent=agent, critic_optimizer=critic_optimizer, actor_optimizer=actor_optimizer, buffer=buffer)
     with closing(envs), Run(args, saved, **states) as run:
         print(buffer.about, flush=True)
+        if not args.autotune:  # also where a run goes on from one that had it
+            agent.log_alpha.fill_(math.log(args.alpha))
         step, row = run.step, {}
         obs = reset(envs, args.seed, step)
         while step < args.total_timesteps:
@@ -544,7 +551,10 @@ class Run:
         self.folder = Path(args.resume or Path(args.runs_dir, name))
         try:
             for name, state in saved["states"].items():
+                made = [dict(group) for group in getattr(states[name], "param_groups", ())]
                 states[name].load_state_dict(state)
+                for group, given in zip(getattr(states[name], "param_groups", ()), made):
+                    group.update(given)  # the flags of this run, not those of the checkpoint
         except Exception as error:
             fail(f"--resume {self.folder}: the checkpoint does not fit: {error}")
         self.wandb = self.start_wandb() if args.track else None
