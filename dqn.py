@@ -69,7 +69,7 @@ class Args:
     seed: int = 1  # seed of every random generator
     total_timesteps: int = 50_000  # length of the training; a step is one transition of one environment
     num_envs: int = 1  # environments that step together
-    learning_rate: float = 1e-3  # step size of the critic
+    learning_rate: float = 2.3e-3  # step size of the critic
     gamma: float = 0.99  # discount factor
     device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"  # where to train; auto takes a GPU if there is one
     num_threads: int = 1  # CPU threads of torch; one is fastest for small networks, or with a run on every core
@@ -88,14 +88,14 @@ class Args:
 
     buffer_size: int = 1_000_000  # transitions in the replay buffer; the oldest give way
     learning_starts: int = 1_000  # steps before the first update; actions are uniformly random until then
-    train_frequency: int = 2  # steps between two turns of learning
-    gradient_steps: int = 1  # updates in a turn of learning
-    batch_size: int = 128  # transitions in an update
+    train_frequency: int = 256  # steps between two turns of learning
+    gradient_steps: int = 128  # updates in a turn of learning
+    batch_size: int = 64  # transitions in an update
     anneal_lr: bool = True  # lower the learning rate linearly to zero
     tau: float = 1.0  # share of the networks in their targets at each update
-    target_network_frequency: int = 500  # steps between two updates of the target network
+    target_network_frequency: int = 256  # steps between two updates of the target network
     start_e: float = 1.0  # epsilon at the first step
-    end_e: float = 0.05  # epsilon in the end
+    end_e: float = 0.04  # epsilon in the end
     exploration_fraction: float = 0.16  # share of total_timesteps in which epsilon falls
     eval_epsilon: float = 0.0  # epsilon in evaluations
     huber: bool = True  # Huber loss; otherwise half the squared error

@@ -33,7 +33,7 @@ Actions are in units where the bounds of each dimension are -1 and 1.
 Haarnoja et al. 2018, "Soft actor-critic algorithms and applications", arXiv 1812.05905.
 
     python sac.py                                                  # Pendulum-v1
-    python sac.py --env-id HalfCheetah-v5 --total-timesteps 100000 --learning-starts 5000
+    python sac.py --env-id HalfCheetah-v5 --total-timesteps 100000 --learning-starts 10000
     python sac.py --resume runs/FOLDER --capture-video             # film a finished run
 
 The diff from td3.py is the random policy with its entropy, and the temperature alpha that sets how random it is.
@@ -73,7 +73,7 @@ class Args:
     seed: int = 1  # seed of every random generator
     total_timesteps: int = 20_000  # length of the training; a step is one transition of one environment
     num_envs: int = 1  # environments that step together
-    learning_rate: float = 3e-4  # step size of the actor
+    learning_rate: float = 1e-3  # step size of the actor
     gamma: float = 0.99  # discount factor
     device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"  # where to train; auto takes a GPU if there is one
     num_threads: int = 1  # CPU threads of torch; one is fastest for small networks, or with a run on every core

@@ -29,7 +29,7 @@ Actions are in units where the bounds of each dimension are -1 and 1.
 Fujimoto, van Hoof and Meger 2018, "Addressing function approximation error in actor-critic methods", arXiv 1802.09477.
 
     python td3.py                                                  # Pendulum-v1
-    python td3.py --env-id HalfCheetah-v5 --total-timesteps 100000 --learning-starts 5000
+    python td3.py --env-id HalfCheetah-v5 --total-timesteps 100000 --learning-starts 10000
     python td3.py --resume runs/FOLDER --capture-video             # film a finished run
 
 The diff from ddpg.py is these three ideas: twin critics, smoothed targets, a delayed actor.

@@ -13,7 +13,7 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("reinforce", "a2c", "ppo", "dqn", "ddpg", "td3", "sac")
 ONLY = {"dqn": "Discrete", "ddpg": "Box", "td3": "Box", "sac": "Box"}  # the actions that a script takes, if not both
-REPLAY = ("--learning-starts", "200", "--train-frequency", "4", "--batch-size", "16")
+REPLAY = tuple("--learning-starts 200 --train-frequency 4 --gradient-steps 1 --batch-size 16".split())
 SMALL = {"ppo": ("--num-steps", "64"), "dqn": REPLAY, "ddpg": REPLAY, "td3": REPLAY, "sac": REPLAY}
 """What a script needs beside TINY to improve within a tiny run."""
 TINY = ("--total-timesteps", "1500", "--num-envs", "2", "--log-every", "500", "--eval-episodes", "2")

@@ -15,6 +15,15 @@ PENDULUM += "--update-epochs 10 --num-minibatches 16"
 HALFCHEETAH = "--env-id HalfCheetah-v5 --total-timesteps 1000000 --num-envs 64 --num-steps 32 --update-epochs 10 "
 HALFCHEETAH += "--num-minibatches 32 --learning-rate 3e-4"
 
+HALFCHEETAH_100K = "--env-id HalfCheetah-v5 --total-timesteps 100000 --learning-starts "
+ACROBOT = "--env-id Acrobot-v1 --total-timesteps 100000"
+VALUE = [("dqn", "", 490), ("dqn", ACROBOT, -80), ("ddpg", "", -160), ("td3", "", -160), ("sac", "", -160)]
+CHEETAH = [
+    ("ddpg", HALFCHEETAH_100K + "5000", 4000),
+    ("td3", HALFCHEETAH_100K + "10000", 4800),
+    ("sac", HALFCHEETAH_100K + "10000", 6000),
+]
+
 
 def final_return(script, tmp_path, seed, flags=""):
     """Trains from the command line; the return of the last evaluation."""
@@ -32,6 +41,34 @@ def test_cartpole_at_the_default_settings(script, enough, tmp_path):
 def test_ppo_learns_pendulum_with_the_flags_of_the_readme(tmp_path):
     assert PENDULUM in (ROOT / "README.md").read_text()
     assert final_return("ppo", tmp_path, 1, PENDULUM) >= -300
+
+
+def test_dqn_learns_cartpole_at_the_default_settings(tmp_path):
+    assert final_return("dqn", tmp_path, 1) >= 400
+
+
+@pytest.mark.parametrize("script", ["ddpg", "td3", "sac"])
+def test_pendulum_at_a_third_of_the_default_steps(script, tmp_path):
+    """A random policy returns about -1200."""
+    assert final_return(script, tmp_path, 1, "--total-timesteps 7000") >= -300
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, flags, enough", VALUE)
+def test_the_value_rungs_over_five_seeds(script, flags, enough, tmp_path):
+    """20 episodes each; the commands of the README."""
+    assert f"python {script}.py {flags}".strip() in (ROOT / "README.md").read_text()
+    returns = [final_return(script, tmp_path, seed, flags + " --eval-episodes 20") for seed in range(1, 6)]
+    assert sum(returns) / 5 >= enough, returns
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, flags, enough", CHEETAH)
+def test_the_value_rungs_on_halfcheetah(script, flags, enough, tmp_path):
+    """100,000 steps, 20 episodes, three seeds: hours on two cores."""
+    assert f"python {script}.py {flags}" in (ROOT / "README.md").read_text()
+    returns = [final_return(script, tmp_path, seed, flags + " --eval-episodes 20") for seed in (1, 2, 3)]
+    assert sum(returns) / 3 >= enough, returns
 
 
 @pytest.mark.slow
