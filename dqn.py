@@ -29,7 +29,7 @@ Mnih et al. 2015, "Human-level control through deep reinforcement learning", Nat
 Silver 2016, arXiv 1509.06461. Dueling: Wang et al. 2016, arXiv 1511.06581.
 
     python dqn.py                                                  # CartPole-v1
-    python dqn.py --env-id Acrobot-v1 --total-timesteps 100000 --double --dueling
+    python dqn.py --env-id Acrobot-v1 --total-timesteps 100000
     python dqn.py --resume runs/FOLDER --capture-video             # film a finished run
 
 The next script is ddpg.py, for continuous actions: the diff is an actor in the place of the maximum.
@@ -290,8 +290,7 @@ def train(args: Args) -> Path:
     device = check_flags(args)
     for name in ("buffer_size", "train_frequency", "gradient_steps", "batch_size", "tau", "target_network_frequency"):
         require(0 < getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be above 0")
-    for name in ("learning_starts",):
-        require(0 <= getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must not be below 0")
+    require(args.learning_starts >= 0, "--learning-starts must not be below 0")
     require(args.tau <= 1, "--tau must not be above 1")
     require(0 < args.exploration_fraction <= 1, "--exploration-fraction must be above 0, and not above 1")
     for name in ("start_e", "end_e", "eval_epsilon"):

@@ -339,8 +339,7 @@ def train(args: Args) -> Path:
     device = check_flags(args)
     for name in ("buffer_size", "train_frequency", "gradient_steps", "batch_size", "tau", "q_lr", "alpha"):
         require(0 < getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be above 0")
-    for name in ("learning_starts",):
-        require(0 <= getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must not be below 0")
+    require(args.learning_starts >= 0, "--learning-starts must not be below 0")
     require(args.tau <= 1, "--tau must not be above 1")
     envs = make_envs(args, args.num_envs)
     space = envs.single_action_space
