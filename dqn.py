@@ -7,7 +7,7 @@
 In each update, on a minibatch of a replay buffer (Algorithm 1 of the paper):
 
     y        = r + gamma (1 - terminated) max_a' Q'(s', a')     the target of the critic
-    L(Q)     = E[ l(Q(s, a) - y) ]                              the critic goes down L, l the Huber loss (or x^2 / 2)
+    L(Q)     = E[ l(Q(s, a) - y) ]                              the critic goes down L, l the Huber loss
     Q'       = tau Q + (1 - tau) Q'                             every so many steps, a copy for tau = 1
 
 E is the mean over transitions (s, a, r, s') from the buffer, Q(s, a) the critic: the value of action a in state s. The
@@ -15,8 +15,8 @@ networks with a dash are the target networks. No gradient goes through y, and ea
 
 The buffer gives minibatches of unlike transitions, and a Q' that stands still gives a target that does not flee.
 
---double   y = r + gamma (1 - terminated) Q'(s', argmax_a' Q(s', a')): the maximum of noisy values is too high, so one
-           network chooses the action and the other says what it is worth
+--double   y = r + gamma (1 - terminated) Q'(s', argmax_a' Q(s', a')), the default: the maximum of noisy values is too
+           high, so one network chooses the action and the other says what it is worth
 --dueling  Q(s, a) = V(s) + A(s, a) - mean_a' A(s, a'): every transition teaches V, whatever its action
 
 The a in Q(s, a) may come from any policy, so the buffer may hold old transitions.
@@ -47,6 +47,7 @@ import sys
 import threading
 import time
 import warnings
+import zipfile
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
@@ -69,10 +70,11 @@ class Args:
     seed: int = 1  # seed of every random generator
     total_timesteps: int = 50_000  # length of the training; a step is one transition of one environment
     num_envs: int = 1  # environments that step together
-    learning_rate: float = 2.3e-3  # step size of the critic
+    learning_rate: float = 1e-3  # step size of the critic
     gamma: float = 0.99  # discount factor
     device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"  # where to train; auto takes a GPU if there is one
     num_threads: int = 1  # CPU threads of torch; one is fastest for small networks, or with a run on every core
+    onednn: bool = False  # where it is exact, multiply matrices with oneDNN: faster with AVX-512 if they are wide
     compile: bool = False  # compile the loss and its gradient with torch.compile; on the CPU needs a C++ compiler
     track: bool = False  # log to Weights & Biases as well (WANDB_MODE=offline works)
     wandb_project_name: str = "rungs"  # project on Weights & Biases
@@ -88,18 +90,18 @@ class Args:
 
     buffer_size: int = 1_000_000  # transitions in the replay buffer; the oldest give way
     learning_starts: int = 1_000  # steps before the first update; actions are uniformly random until then
-    train_frequency: int = 256  # steps between two turns of learning
-    gradient_steps: int = 128  # updates in a turn of learning
+    train_frequency: int = 1  # steps between two turns of learning
+    gradient_steps: int = 2  # updates in a turn of learning
     batch_size: int = 64  # transitions in an update
     anneal_lr: bool = True  # lower the learning rate linearly to zero
     tau: float = 1.0  # share of the networks in their targets at each update
-    target_network_frequency: int = 256  # steps between two updates of the target network
+    target_network_frequency: int = 250  # steps between two updates of the target network
     start_e: float = 1.0  # epsilon at the first step
-    end_e: float = 0.04  # epsilon in the end
+    end_e: float = 0.2  # epsilon in the end
     exploration_fraction: float = 0.16  # share of total_timesteps in which epsilon falls
     eval_epsilon: float = 0.0  # epsilon in evaluations
-    huber: bool = True  # Huber loss; otherwise half the squared error
-    double: bool = False  # the network chooses the action of the target, the target network rates it
+    huber_delta: float = 10.0  # error beyond which the Huber loss is linear; inf for half the squared error
+    double: bool = True  # the network chooses the action of the target, the target network rates it
     dueling: bool = False  # separate value of the state and advantages of the actions
 
 
@@ -238,7 +240,7 @@ def critic_loss(agent: Agent, args: Args, batch: Transitions) -> tuple[Tensor, d
         next_value = next_q.gather(-1, chooser.argmax(-1, keepdim=True)).squeeze(-1)
         target = batch.reward + args.gamma * next_value * ~batch.terminated
     q = agent.critic(batch.obs).gather(-1, batch.action.unsqueeze(-1)).squeeze(-1)
-    loss = nn.functional.huber_loss(q, target) if args.huber else (q - target).square().mean() / 2
+    loss = nn.functional.huber_loss(q, target, delta=args.huber_delta)
     return loss, {"losses/td_loss": loss.detach(), "losses/q_values": q.detach().mean()}
 
 
@@ -292,6 +294,7 @@ def train(args: Args) -> Path:
         require(0 < getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be above 0")
     require(args.learning_starts >= 0, "--learning-starts must not be below 0")
     require(args.tau <= 1, "--tau must not be above 1")
+    require(args.huber_delta > 0, "--huber-delta must be above 0")
     require(0 < args.exploration_fraction <= 1, "--exploration-fraction must be above 0, and not above 1")
     for name in ("start_e", "end_e", "eval_epsilon"):
         require(0 <= getattr(args, name) <= 1, f"--{name.replace('_', '-')} must lie between 0 and 1")
@@ -364,6 +367,9 @@ def check_flags(args: Args) -> torch.device:
     device = args.device if args.device != "auto" else next(name for name in there if there[name])
     require(there[device], f"--device {device}: torch finds none here")
     torch.set_num_threads(args.num_threads)
+    cpu = torch.cpu.get_capabilities()
+    exact = cpu.get("avx512_bf16", False) and not cpu.get("amx_bf16", False)  # "bf16" rounds on AMX only; else float32
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16" if args.onednn and exact else "none"
     return torch.device(device)
 
 
@@ -473,6 +479,8 @@ def load_run(args: Args) -> tuple[Args, dict]:
         script = flags.pop("script")
         require(script == Path(__file__).stem, f"{where} that is a run of {script}.py")
         old = Args(**flags | {"resume": args.resume})
+        with zipfile.ZipFile(folder / name) as file:
+            require(file.testzip() is None, f"{where} {name} is damaged")  # torch.load looks at no checksum
         saved = torch.load(folder / name, map_location="cpu", weights_only=True)
         if name == "agent.pt":  # the training is over; all that is left is to evaluate
             last_row = (folder / "metrics.jsonl").read_text().splitlines()[-1]
@@ -603,7 +611,9 @@ class Run:
         checkpoint |= stopping or (finished and (self.folder / "checkpoint.pt").exists())
         self.bar.update(min(step, args.total_timesteps) - self.bar.n)
         self.step = step
-        self.check_finite(row, states=checkpoint or finished)
+        wanted = self.states if checkpoint or finished else {}
+        states = {name: state.state_dict() for name, state in wanted.items()}
+        self.check_finite(row, states)
         if log or checkpoint:
             row = {name: float(x) for name, x in row.items()}
             row |= {"global_step": step, "charts/episodes": len(self.returns)}
@@ -617,7 +627,6 @@ class Run:
         if evaluation and not finished and not stopping:
             self.evaluate()
         if checkpoint:
-            states = {name: state.state_dict() for name, state in self.states.items()}
             saved = {"step": step, "metrics_bytes": self.metrics.tell(), "states": states}
             write_file(self.folder / "checkpoint.pt", saved)
         if stopping and not finished:
@@ -627,12 +636,11 @@ class Run:
             self.row_step, self.row_time = step, time.perf_counter()
         return checkpoint
 
-    def check_finite(self, row: dict[str, float | Tensor], states: bool) -> None:
-        """Ends the run if a loss, or with `states` a tensor of a checkpoint, is NaN or infinite: no checkpoint is."""
+    def check_finite(self, row: dict[str, float | Tensor], states: dict[str, dict]) -> None:
+        """Ends the run if a loss, or a tensor of the checkpoint to be, is NaN or infinite: no checkpoint ever is."""
         bad = [name for name, x in row.items() if not math.isfinite(x)]
-        if states:
-            tensors = [pair for state in self.states.values() for pair in state.state_dict().items()]
-            bad += [name for name, x in tensors if isinstance(x, Tensor) and not x.isfinite().all()]
+        tensors = [pair for state in states.values() for pair in state.items()]
+        bad += [name for name, x in tensors if isinstance(x, Tensor) and not x.isfinite().all()]
         if bad:
             hint = "if the observations and rewards are finite, a smaller --learning-rate may help"
             fail(f"{bad[0]} is not finite at step {self.step:,}; {hint}; {self.rescue()}", code=1)
@@ -643,7 +651,7 @@ class Run:
             return
         video = self.folder / "videos" / f"step-{self.step}" if self.args.capture_video else None
         row = {"global_step": self.step} | evaluate(self.states["agent"], self.args, video)
-        self.check_finite(row, states=False)
+        self.check_finite(row, states={})
         self.log(row)
         if self.wandb and video:
             import wandb

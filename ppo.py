@@ -44,6 +44,7 @@ import sys
 import threading
 import time
 import warnings
+import zipfile
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
@@ -70,6 +71,7 @@ class Args:
     gamma: float = 0.99  # discount factor
     device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"  # where to train; auto takes a GPU if there is one
     num_threads: int = 1  # CPU threads of torch; one is fastest for small networks, or with a run on every core
+    onednn: bool = False  # where it is exact, multiply matrices with oneDNN: faster with AVX-512 if they are wide
     compile: bool = False  # compile the loss and its gradient with torch.compile; on the CPU needs a C++ compiler
     track: bool = False  # log to Weights & Biases as well (WANDB_MODE=offline works)
     wandb_project_name: str = "rungs"  # project on Weights & Biases
@@ -430,6 +432,9 @@ def check_flags(args: Args) -> torch.device:
     device = args.device if args.device != "auto" else next(name for name in there if there[name])
     require(there[device], f"--device {device}: torch finds none here")
     torch.set_num_threads(args.num_threads)
+    cpu = torch.cpu.get_capabilities()
+    exact = cpu.get("avx512_bf16", False) and not cpu.get("amx_bf16", False)  # "bf16" rounds on AMX only; else float32
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16" if args.onednn and exact else "none"
     return torch.device(device)
 
 
@@ -539,6 +544,8 @@ def load_run(args: Args) -> tuple[Args, dict]:
         script = flags.pop("script")
         require(script == Path(__file__).stem, f"{where} that is a run of {script}.py")
         old = Args(**flags | {"resume": args.resume})
+        with zipfile.ZipFile(folder / name) as file:
+            require(file.testzip() is None, f"{where} {name} is damaged")  # torch.load looks at no checksum
         saved = torch.load(folder / name, map_location="cpu", weights_only=True)
         if name == "agent.pt":  # the training is over; all that is left is to evaluate
             last_row = (folder / "metrics.jsonl").read_text().splitlines()[-1]
@@ -669,7 +676,9 @@ class Run:
         checkpoint |= stopping or (finished and (self.folder / "checkpoint.pt").exists())
         self.bar.update(min(step, args.total_timesteps) - self.bar.n)
         self.step = step
-        self.check_finite(row, states=checkpoint or finished)
+        wanted = self.states if checkpoint or finished else {}
+        states = {name: state.state_dict() for name, state in wanted.items()}
+        self.check_finite(row, states)
         if log or checkpoint:
             row = {name: float(x) for name, x in row.items()}
             row |= {"global_step": step, "charts/episodes": len(self.returns)}
@@ -683,7 +692,6 @@ class Run:
         if evaluation and not finished and not stopping:
             self.evaluate()
         if checkpoint:
-            states = {name: state.state_dict() for name, state in self.states.items()}
             saved = {"step": step, "metrics_bytes": self.metrics.tell(), "states": states}
             write_file(self.folder / "checkpoint.pt", saved)
         if stopping and not finished:
@@ -693,12 +701,11 @@ class Run:
             self.row_step, self.row_time = step, time.perf_counter()
         return checkpoint
 
-    def check_finite(self, row: dict[str, float | Tensor], states: bool) -> None:
-        """Ends the run if a loss, or with `states` a tensor of a checkpoint, is NaN or infinite: no checkpoint is."""
+    def check_finite(self, row: dict[str, float | Tensor], states: dict[str, dict]) -> None:
+        """Ends the run if a loss, or a tensor of the checkpoint to be, is NaN or infinite: no checkpoint ever is."""
         bad = [name for name, x in row.items() if not math.isfinite(x)]
-        if states:
-            tensors = [pair for state in self.states.values() for pair in state.state_dict().items()]
-            bad += [name for name, x in tensors if isinstance(x, Tensor) and not x.isfinite().all()]
+        tensors = [pair for state in states.values() for pair in state.items()]
+        bad += [name for name, x in tensors if isinstance(x, Tensor) and not x.isfinite().all()]
         if bad:
             hint = "if the observations and rewards are finite, a smaller --learning-rate may help"
             fail(f"{bad[0]} is not finite at step {self.step:,}; {hint}; {self.rescue()}", code=1)
@@ -709,7 +716,7 @@ class Run:
             return
         video = self.folder / "videos" / f"step-{self.step}" if self.args.capture_video else None
         row = {"global_step": self.step} | evaluate(self.states["agent"], self.args, video)
-        self.check_finite(row, states=False)
+        self.check_finite(row, states={})
         self.log(row)
         if self.wandb and video:
             import wandb

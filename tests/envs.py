@@ -78,6 +78,63 @@ class Forever(Tiny):
     length = np.inf
 
 
+class OneNumber(Tiny):
+    """The observation is a single number."""
+
+    observation_space = Box(-1, 1, (1,))
+
+    def observe(self):
+        return self.observation_space.sample()
+
+
+class Large(OneNumber):
+    """Thousands of numbers."""
+
+    observation_space = Box(-1, 1, (3, 40, 50))
+
+
+class Doubles(OneNumber):
+    """Observations and rewards are float64, and beyond the numbers that float32 tells apart."""
+
+    observation_space = Box(-1e9, 1e9, (3,), np.float64)
+
+    def step(self, action):
+        obs, _, *rest = super().step(action)
+        return obs, np.float64(2**24 + 1), *rest
+
+
+class Integers(OneNumber):
+    """Observations and rewards are integers."""
+
+    observation_space = Box(-5, 5, (4,), np.int64)
+
+    def step(self, action):
+        obs, _, *rest = super().step(action)
+        return obs, 2, *rest
+
+
+class OneStep(Tiny):
+    """Episodes are over after one step."""
+
+    length = 1
+
+
+class BothEnds(Tiny):
+    """Episodes end by termination and truncation in the same step."""
+
+    def step(self, action):
+        obs, reward, _, truncated, infos = super().step(action)
+        return obs, reward, truncated, truncated, infos
+
+
+class Millions(Tiny):
+    """Rewards of a million, and of minus a million."""
+
+    def step(self, action):
+        obs, _, *rest = super().step(action)
+        return obs, 1e6 * (-1) ** self.steps, *rest
+
+
 class DictObs(Tiny):
     observation_space = Dict({"position": Box(-1, 1, (2,)), "velocity": Box(-1, 1, (2,))})
 
@@ -112,9 +169,12 @@ class SignalsPendulum(Signals, PendulumEnv):
 # Unequal, asymmetric bounds, and a shape that must be flattened for the networks and given back to the environment.
 UNEVEN = Box(np.array([[-1], [0]], np.float32), np.array([[3], [0.5]], np.float32))
 
-for name, kind in {"Raises": Raises, "NaN": NaN, "Ledger": Ledger, "Forever": Forever, "DictObs": DictObs}.items():
-    gym.register(f"{name}-v0", kind)
-    gym.register(f"{name}Box-v0", kind, kwargs={"action_space": UNEVEN})
+AWKWARD = (OneNumber, Large, Doubles, Integers, OneStep, BothEnds, Millions)
+for kind in (Raises, NaN, Ledger, Forever, DictObs, *AWKWARD):
+    gym.register(f"{kind.__name__}-v0", kind)
+    gym.register(f"{kind.__name__}Box-v0", kind, kwargs={"action_space": UNEVEN})
+gym.register("OneAction-v0", Tiny, kwargs={"action_space": Discrete(1)})
+gym.register("OneActionBox-v0", Tiny, kwargs={"action_space": Box(0, 1e-3, (1,))})
 gym.register("BoxTiny-v0", Tiny, kwargs={"action_space": UNEVEN})
 gym.register("Unbounded-v0", Tiny, kwargs={"action_space": Box(np.float32([-1, -np.inf]), np.float32([1, 1]))})
 gym.register("MultiDiscrete-v0", Tiny, kwargs={"action_space": MultiDiscrete([2, 3])})

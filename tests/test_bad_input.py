@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import pickle
+import random
 import shutil
 import sys
 import warnings
@@ -97,6 +98,7 @@ OWN_FLAGS = [
     ("td3", "--noise-clip nan", "--noise-clip"),
     ("sac", "--alpha 0", "--alpha", "above 0"),
     ("dqn", "--target-network-frequency 0", "--target-network-frequency", "above 0"),
+    *(("dqn", f"--huber-delta {x}", "--huber-delta", "above 0") for x in ("0", "nan")),
     *(("dqn", f"--{name} 1.1", f"--{name}", "between") for name in ("start-e", "end-e", "eval-epsilon")),
     ("dqn", "--exploration-fraction 0", "--exploration-fraction", "above 0"),
     ("dqn", "--exploration-fraction 2", "--exploration-fraction"),
@@ -202,6 +204,37 @@ def test_a_checkpoint_of_garbage_is_refused(stopped, not_resumed):
     script, folder = stopped
     (folder / "checkpoint.pt").write_bytes(bytes(range(256)) * 64)
     assert "cannot be read" in not_resumed(script, folder)
+
+
+def test_no_flipped_bit_gets_into_a_resumed_run(stopped, capsys):
+    """Some bits of the file mean nothing (padding, for instance); flipping any other is noticed."""
+    script, folder = stopped
+    module = importlib.import_module(script)
+    path, args = folder / "checkpoint.pt", module.Args(resume=str(folder))
+    whole = path.read_bytes()
+    good = module.load_run(args)[1]
+    weight = max((x for x in good["states"]["agent"].values() if x.dtype.is_floating_point), key=torch.numel)
+    inside = whole.index(weight.numpy().tobytes()) + weight.nbytes // 2
+    generator, refusals = random.Random(0), 0
+    for place in (inside, *(generator.randrange(len(whole)) for _ in range(50))):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << generator.randrange(8)
+        path.write_bytes(flipped)
+        try:
+            assert equal(module.load_run(args)[1], good)
+        except SystemExit as end:
+            assert end.code == 2 and str(folder) in capsys.readouterr().err
+            refusals += 1
+        assert refusals, "the first flip is in the middle of a weight"
+
+
+def equal(x, y) -> bool:
+    """Whether two checkpoints hold the same."""
+    if isinstance(x, dict):
+        return x.keys() == y.keys() and all(equal(x[key], y[key]) for key in x)
+    if isinstance(x, (list, tuple)):
+        return len(x) == len(y) and all(map(equal, x, y))
+    return torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
 
 
 @pytest.mark.parametrize("other", ({}, {"step": 3}, {"step": 3, "states": {"agent": 3}}, [1, 2], "agent.pt"), ids=str)

@@ -30,8 +30,9 @@ BUDGETS = {
 }
 
 COMMON_FLAGS = (
-    "env_id seed total_timesteps num_envs learning_rate gamma device num_threads compile track wandb_project_name "
-    "wandb_entity wandb_group capture_video runs_dir log_every eval_episodes eval_every checkpoint_every resume"
+    "env_id seed total_timesteps num_envs learning_rate gamma device num_threads onednn compile track "
+    "wandb_project_name wandb_entity wandb_group capture_video "
+    "runs_dir log_every eval_episodes eval_every checkpoint_every resume"
 ).split()
 
 
@@ -101,10 +102,11 @@ def test_common_flags_come_first_and_alike():
     """Same order, names, types and help; the default too, unless the algorithm needs another."""
     for path in SCRIPTS:
         assert list(flags(path))[: len(COMMON_FLAGS)] == COMMON_FLAGS, path.name
+    of_the_algorithm = ("env_id", "total_timesteps", "num_envs", "learning_rate", "onednn")
     for name in COMMON_FLAGS:
         types, defaults, lines = zip(*(flags(path)[name] for path in SCRIPTS))
         assert len(set(types)) == 1, name
-        assert len(set(defaults)) == 1 or name in ("env_id", "total_timesteps", "num_envs", "learning_rate"), name
+        assert len(set(defaults)) == 1 or name in of_the_algorithm, name
         assert len({line.split("  # ")[1] for line in lines}) == 1 or name in ("num_envs", "learning_rate"), name
 
 

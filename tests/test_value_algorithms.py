@@ -79,9 +79,9 @@ def gradient(module, agent):
 
 @pytest.mark.parametrize("double", (False, True))
 @pytest.mark.parametrize("dueling", (False, True))
-@pytest.mark.parametrize("huber", (False, True))
-def test_the_loss_of_dqn_by_hand(double, dueling, huber):
-    agent, args = make_agent(dqn, double=double, dueling=dueling, huber=huber, gamma=0.9)
+@pytest.mark.parametrize("delta", (0.7, 1.0, math.inf))
+def test_the_loss_of_dqn_by_hand(double, dueling, delta):
+    agent, args = make_agent(dqn, double=double, dueling=dueling, huber_delta=delta, gamma=0.9)
     batch = make_batch(dqn, size=50)
     q, target_q = agent.critic(batch.obs), agent.target_critic(batch.next_obs)
     next_q = agent.critic(batch.next_obs)
@@ -94,7 +94,7 @@ def test_the_loss_of_dqn_by_hand(double, dueling, huber):
             best = max(range(4), key=(next_q if double else target_q)[i].tolist().__getitem__)
             y += 0.9 * values[best]
         x = q[i, batch.action[i]].item() - y
-        losses.append(x * x / 2 if abs(x) < 1 or not huber else abs(x) - 0.5)
+        losses.append(x * x / 2 if abs(x) < delta else delta * (abs(x) - delta / 2))
         differ |= abs(x) > 1
     assert differ and batch.terminated.any() and not batch.terminated.all()
     loss, log = dqn.critic_loss(agent, args, batch)
@@ -106,7 +106,7 @@ def test_the_loss_of_dqn_by_hand(double, dueling, huber):
 @pytest.mark.parametrize("double", (False, True))
 def test_no_gradient_goes_through_the_target(double):
     """The gradient by finite differences with the target held still."""
-    agent, args = make_agent(dqn, double=double)
+    agent, args = make_agent(dqn, double=double, huber_delta=1.0)
     batch = make_batch(dqn)
     dqn.critic_gradients(agent, args, batch)
     assert all(p.grad is None for p in agent.target_critic.parameters())
