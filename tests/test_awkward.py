@@ -1,0 +1,36 @@
+"""Environments at the edge of what Gymnasium allows: every script trains on them, and tells the truth about them."""
+
+import json
+
+import pytest
+import torch
+from conftest import SCRIPTS, flags, rows, tiny_env, train
+
+# name: length and return of every episode
+ENVIRONMENTS = {
+    "OneAction": (5, 5),
+    "OneNumber": (5, 5),
+    "Large": (5, 5),
+    "Doubles": (5, 5 * (2**24 + 1)),
+    "Integers": (5, 10),
+    "OneStep": (1, 1),
+    "BothEnds": (5, 5),
+    "Millions": (5, -1e6),
+}
+
+
+@pytest.mark.parametrize("name", ENVIRONMENTS)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_awkward_environments(script, name, here):
+    length, total = ENVIRONMENTS[name]
+    folder = train(script, *flags(script, "--env-id", tiny_env(script, name), "--num-envs", "3"))
+    *training, evaluation = rows(folder)
+    assert sum(row["charts/episodes"] for row in training) >= 1500 // length - 3
+    for row in training:
+        assert row["charts/episodic_length"] == length
+        assert row["charts/episodic_return"] == pytest.approx(total, rel=1e-12)
+    assert evaluation["eval/episodic_return"] == pytest.approx(total, rel=1e-12)
+    assert evaluation["eval/episodic_return_std"] == pytest.approx(0, abs=1e-6)
+    assert any(key.startswith("losses/") for key in training[-1])
+    assert all(x.isfinite().all() for x in torch.load(folder / "agent.pt", weights_only=True).values())
+    assert json.loads((folder / "args.json").read_text())["num_envs"] == 3
