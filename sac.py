@@ -205,11 +205,12 @@ class ReplayBuffer:
 
     def add(self, *transitions: np.ndarray) -> None:
         """Adds one transition of each environment: arrays (N, ...) in the order of the fields of Transitions."""
-        added = self.added + len(transitions[0])
-        places = torch.arange(self.added, added) % self.size
+        start, count = self.added % self.size, len(transitions[0])
+        whole = start + count <= self.size  # then a slice will do, which is faster
+        places = slice(start, start + count) if whole else torch.arange(start, start + count) % self.size
         for rows, new in zip(self.rows, transitions):
             rows[places] = torch.from_numpy(new).to(rows)
-        self.added = added
+        self.added += count
 
     def sample(self, batch_size: int) -> Transitions:
         """Transitions drawn uniformly, with replacement."""

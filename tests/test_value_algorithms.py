@@ -721,3 +721,20 @@ def test_compiled_updates_agree_with_the_eager_ones(module):
     torch._inductor.config.fallback_random = False
     for name, x in states[0].items():
         torch.testing.assert_close(states[1][name], x, rtol=1e-6, atol=1e-8)
+
+
+# ----- products of matrices -------------------------------------------------------------------------------------------
+
+
+@continuous
+def test_onednn_multiplies_in_float32_or_not_at_all(module):
+    """Products of rounded factors (bfloat16) would be wrong in the third digit."""
+    precision = torch.backends.mkldnn.matmul
+    x, y = torch.randn(2, 256, 256, dtype=torch.float32)
+    try:
+        module.check_flags(module.Args(onednn=True))
+        assert (x @ y - x.double() @ y.double()).abs().max() < 5e-4
+        module.check_flags(module.Args(onednn=False))
+        assert precision.fp32_precision == "none"
+    finally:
+        precision.fp32_precision = "none"
