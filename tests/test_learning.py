@@ -45,7 +45,7 @@ def test_ppo_learns_pendulum_with_the_flags_of_the_readme(tmp_path):
 
 def test_dqn_learns_cartpole_at_the_default_settings(tmp_path):
     """A random policy returns about 20. Not every seed reaches 500 yet: the slow test asks for that."""
-    assert final_return("dqn", tmp_path, 1) >= 80
+    assert final_return("dqn", tmp_path, 1) >= 200
 
 
 @pytest.mark.parametrize("script", ["ddpg", "td3", "sac"])
