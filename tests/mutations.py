@@ -1,0 +1,1061 @@
+"""Do the tests see what they are there for? Plants plausible mistakes, one at a time, and reports which tests fail.
+
+    python tests/mutations.py                        # all of them (hours), and the table tests/mutations.md
+    python tests/mutations.py --only gae             # those with `gae` in their name, and no table
+    python tests/mutations.py --check                # only whether each still applies to the scripts as they are
+
+A mutation replaces a text that occurs exactly once in each of its scripts, in a copy of the repository in a temporary
+folder; nothing here is touched. What several scripts share is changed in all of them, as a fix would be. The fast tests
+run there, in stages that begin with the quick ones; the later stages only if the earlier ones saw nothing. Not so
+test_copies.py: it compares the scripts with each other and would see nearly everything, without knowing what is right.
+
+The exit code is 1 if a mutation survives. Then it changes nothing that anyone could see, and is no mistake, or there is
+a test to write.
+"""
+
+import argparse
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+FIRST = ("test_algorithms.py", "test_value_algorithms.py", "test_loop.py", "test_against_sb3.py")
+LAST = ("test_learning.py",)
+NEVER = ("test_copies.py",)
+ENOUGH = 5  # failed tests, after which a stage ends
+
+
+class Mutation(NamedTuple):
+    """A mistake: `old` becomes `new` in each of the scripts, "*" for all that contain it."""
+
+    name: str
+    scripts: str
+    old: str
+    new: str
+
+
+POLICY_GRADIENT = "reinforce.py a2c.py ppo.py"
+REPLAY = "dqn.py ddpg.py td3.py sac.py"
+CONTINUOUS = "ddpg.py td3.py sac.py"
+
+
+MUTATIONS = [
+    # ----- networks of the policy-gradient scripts
+    Mutation("hidden layers begin with gain 1", "*", "(math.sqrt(2), math.sqrt(2), gain)", "(1.0, 1.0, gain)"),
+    Mutation("logits begin with gain 1", "*", "int(space.n), gain=0.01)", "int(space.n), gain=1.0)"),
+    Mutation("means begin with gain 1", "*", "math.prod(space.shape), gain=0.01)", "math.prod(space.shape), gain=1.0)"),
+    Mutation("critic begins with gain 0.01", "*", "mlp(obs_dim, 1, gain=1.0)", "mlp(obs_dim, 1, gain=0.01)"),
+    Mutation(
+        "ReLU for tanh",
+        "*",
+        "nn.Linear(inputs, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh()",
+        "nn.Linear(inputs, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU()",
+    ),
+    Mutation("biases begin as torch has them", "*", "        nn.init.zeros_(layer.bias)\n", ""),
+    Mutation(
+        "Gumbel noise with the wrong sign",
+        "*",
+        "logits - torch.empty_like(logits).exponential_().log_()",
+        "logits + torch.empty_like(logits).exponential_().log_()",
+    ),
+    Mutation("explores where it must not", "*", "if explore:  # with Gumbel", "if not explore:  # with Gumbel"),
+    Mutation("entropy without its minus", "*", "entropy = -(log_probs.exp()", "entropy = (log_probs.exp()"),
+    Mutation("softmax over the wrong axis", "*", "self.net(obs).log_softmax(-1)", "self.net(obs).log_softmax(0)"),
+    Mutation("Discrete actions always begin at 0", "*", "        return action + self.start", "        return action"),
+    Mutation("log_std for std", "*", "mean + self.log_std.exp() * torch", "mean + self.log_std * torch"),
+    Mutation(
+        "one noise for all dimensions of an action",
+        "*",
+        "torch.randn_like(mean) if explore",
+        "torch.randn_like(mean[..., :1]) if explore",
+    ),
+    Mutation(
+        "variance for std in the density",
+        "*",
+        "(action - self.net(obs)) / self.log_std.exp()",
+        "(action - self.net(obs)) / self.log_std.exp().square()",
+    ),
+    Mutation("2 pi once, not once a dimension", "*", "len(self.log_std) * math.log(2", "math.log(2"),
+    Mutation("density averages the dimensions", "*", "-z.square().sum(-1) / 2", "-z.square().mean(-1) / 2"),
+    Mutation("Gaussian entropy of one dimension", "*", "log_scale + len(self.log_std) / 2", "log_scale + 1 / 2"),
+    Mutation(
+        "actions not cut off at the bounds",
+        POLICY_GRADIENT,
+        "action.clip(self.space.low, self.space.high).astype",
+        "action.astype",
+    ),
+    Mutation("whole for half the width of the bounds", "*", "high / 2 - low / 2  #", "high - low  #"),
+    Mutation(
+        "one finite bound taken for two",
+        "*",
+        "np.isfinite(space.low) & np.isfinite(space.high)",
+        "np.isfinite(space.low) | np.isfinite(space.high)",
+    ),
+    # ----- normalisation
+    Mutation("running variance unbiased", "*", "torch.var_mean(x, dim=0, correction=0)", "torch.var_mean(x, dim=0)"),
+    Mutation(
+        "running variance without the shift of the mean",
+        "*",
+        "(var - self.var + (1 - share) * (mean - self.mean).square())",
+        "(var - self.var)",
+    ),
+    Mutation(
+        "running variance around the new mean",
+        "*",
+        "        self.var += share * (var - self.var + (1 - share) * (mean - self.mean).square())\n"
+        "        self.mean += share * (mean - self.mean)\n",
+        "        self.mean += share * (mean - self.mean)\n"
+        "        self.var += share * (var - self.var + (1 - share) * (mean - self.mean).square())\n",
+    ),
+    Mutation(
+        "statistics in no checkpoint",
+        "*",
+        'self.register_buffer("mean", torch.zeros(size))',
+        'self.register_buffer("mean", torch.zeros(size), persistent=False)',
+    ),
+    Mutation("scaler: no end of an episode", "*", "= returns[t] * ~done[t]", "= returns[t]"),
+    Mutation("scaler: sum without gamma", "*", "reward[t] + self.gamma * self.running", "reward[t] + self.running"),
+    Mutation("scaler: deviation of rewards", "*", "update(returns.reshape(-1, 1))", "update(reward.reshape(-1, 1))"),
+    Mutation(
+        "scaler: rewards centred as well",
+        "*",
+        "return reward * (self.statistics.var",
+        "return (reward - self.statistics.mean) * (self.statistics.var",
+    ),
+    Mutation(
+        "scaler: episodes end by termination only",
+        POLICY_GRADIENT,
+        "(rollout.reward, rollout.done)",
+        "(rollout.reward, rollout.terminated)",
+    ),
+    Mutation(
+        "scaler: the return goes on over a reset",
+        "a2c.py ppo.py",
+        "\n                if args.norm_reward:\n                    agent.reward_scaler.running_return = 0.0\n",
+        "\n",
+    ),
+    Mutation(
+        "scaler: the return goes on over a reset (reinforce)",
+        "reinforce.py",
+        "            if args.norm_reward:\n                agent.reward_scaler.running_return = 0.0\n",
+        "",
+    ),
+    Mutation(
+        "observations divided by the variance",
+        "*",
+        "(self.obs_statistics.var + 1e-8).rsqrt()).clamp",
+        "(self.obs_statistics.var + 1e-8).reciprocal()).clamp",
+    ),
+    Mutation("normalised observations without limits", "*", ".rsqrt()).clamp(-10, 10)", ".rsqrt())"),
+    Mutation("the critic sees raw observations", "*", "self.critic(self.normalize(obs))", "self.critic(obs)"),
+    Mutation("the policy acts on raw observations", "*", "self.policy(self.normalize(obs)", "self.policy(obs"),
+    Mutation(
+        "statistics updated whenever the agent acts, in evaluation too",
+        "*",
+        "        return self.policy(self.normalize(obs), explore)",
+        "        if self.obs_statistics is not None:\n"
+        "            self.obs_statistics.update(obs)\n"
+        "        return self.policy(self.normalize(obs), explore)",
+    ),
+    Mutation(
+        "statistics updated before the policy is",
+        "ppo.py",
+        "            row = ppo_update(agent, optimizer, rollout, args, gradients)\n"
+        "            if args.norm_obs:  # not before the update: it must see the observations as the policy saw them\n"
+        "                agent.obs_statistics.update(rollout.obs.flatten(0, 1))\n",
+        "            if args.norm_obs:\n"
+        "                agent.obs_statistics.update(rollout.obs.flatten(0, 1))\n"
+        "            row = ppo_update(agent, optimizer, rollout, args, gradients)\n",
+    ),
+    Mutation("statistics of next_obs", "*", "update(rollout.obs.flatten", "update(rollout.next_obs.flatten"),
+    # ----- what the loop hands on
+    Mutation(
+        "next_obs is the first of the next episode",
+        POLICY_GRADIENT,
+        "reward, true_next_obs(next_obs, done, infos), terminated",
+        "reward, next_obs, terminated",
+    ),
+    Mutation(
+        "next_obs is the first of the next episode (replay)",
+        REPLAY,
+        "reward, true_next_obs(next_obs, terminated | truncated, infos), terminated",
+        "reward, next_obs, terminated",
+    ),
+    Mutation(
+        "true next_obs after termination only",
+        POLICY_GRADIENT,
+        "true_next_obs(next_obs, done, infos)",
+        "true_next_obs(next_obs, terminated, infos)",
+    ),
+    Mutation("next_obs written into the next obs", "*", "        next_obs = next_obs.copy()\n", ""),
+    Mutation("truncated episodes do not end", POLICY_GRADIENT, "done = terminated | truncated", "done = terminated"),
+    Mutation("done for terminated in the buffer", REPLAY, "infos), terminated)", "infos), terminated | truncated)"),
+    Mutation(
+        "the rollout holds actions in the units of the environment",
+        POLICY_GRADIENT,
+        "steps.append((obs, action, reward",
+        "steps.append((obs, agent.to_env(action), reward",
+    ),
+    Mutation(
+        "the buffer holds actions in the units of the environment",
+        CONTINUOUS,
+        "buffer.add(obs, action, reward",
+        "buffer.add(obs, agent.to_env(action), reward",
+    ),
+    Mutation("steps of one environment are counted", "a2c.py ppo.py", "step += batch_size", "step += args.num_steps"),
+    Mutation(
+        "steps of one environment are counted (reinforce)",
+        "reinforce.py",
+        "step += args.num_envs * len(steps)",
+        "step += len(steps)",
+    ),
+    Mutation("turns of the loop are counted", REPLAY, "step += args.num_envs\n", "step += 1\n"),
+    # ----- returns and advantages
+    Mutation(
+        "gae: done for terminated",
+        "*",
+        "next_value * ~rollout.terminated - value",
+        "next_value * ~rollout.done - value",
+    ),
+    Mutation("gae: terminated for done", "*", "gae_lambda * ~rollout.done)", "gae_lambda * ~rollout.terminated)"),
+    Mutation("gae: no lambda", "*", "gamma * gae_lambda * ~rollout.done", "gamma * ~rollout.done"),
+    Mutation("gae: no gamma in the sum", "*", "gamma * gae_lambda * ~rollout.done", "gae_lambda * ~rollout.done"),
+    Mutation(
+        "gae: no gamma in delta", "a2c.py ppo.py", "rollout.reward + gamma * next_value", "rollout.reward + next_value"
+    ),
+    Mutation(
+        "discounted sum: discount of the row before", "*", "discount[t] * following", "discount[t - 1] * following"
+    ),
+    Mutation(
+        "the next value is that of the next row",
+        POLICY_GRADIENT,
+        "agent.value(rollout.obs), agent.value(rollout.next_obs)",
+        "agent.value(rollout.obs), agent.value(rollout.obs).roll(-1, 0)",
+    ),
+    Mutation(
+        "the target of the value is the advantage", "a2c.py ppo.py", "target = advantage + value", "target = advantage"
+    ),
+    Mutation(
+        "the target of the value has a gradient (a2c)",
+        "a2c.py",
+        "    with torch.no_grad():\n        value, next_value",
+        "    value, next_value",
+    ),
+    # ----- REINFORCE
+    Mutation("reward-to-go: truncation is the end of all reward", "*", "+ gamma * next_value * truncated,", ","),
+    Mutation("reward-to-go: a value after termination", "*", "rollout.done & ~rollout.terminated", "rollout.done"),
+    Mutation(
+        "reward-to-go: on into the next episode",
+        "*",
+        "truncated, gamma * ~rollout.done)",
+        "truncated, gamma * ~rollout.terminated)",
+    ),
+    Mutation(
+        "mean baseline: with its own episode",
+        "*",
+        "(total.sum() - total) / (count.sum() - count)",
+        "total.sum() / count.sum()",
+    ),
+    Mutation(
+        "mean baseline: with later episodes",
+        "*",
+        "total, count = (returns * played).sum(0)",
+        "total, count = returns.sum(0)",
+    ),
+    Mutation(
+        "the last step of an episode is lost",
+        "*",
+        "rollout.done.cumsum(0) - rollout.done.long() == 0",
+        "rollout.done.cumsum(0) == 0",
+    ),
+    Mutation("later episodes count as well", "reinforce.py", "[x[played] for x in (", "[x.flatten(0, 1) for x in ("),
+    Mutation("the baseline is added", "reinforce.py", "advantage = target - (mean", "advantage = target + (mean"),
+    Mutation(
+        "REINFORCE averages over steps", "reinforce.py", "* advantage).sum() / args.num_envs", "* advantage).mean()"
+    ),
+    Mutation("V learns the advantage", "reinforce.py", "(agent.value(obs) - target)", "(agent.value(obs) - advantage)"),
+    Mutation(
+        "the gradient of the policy's loss goes through the baseline",
+        "reinforce.py",
+        "        with torch.no_grad():\n            value, next_value",
+        "        value, next_value",
+    ),
+    Mutation("a batch ends with its first episode", "reinforce.py", "while waiting.any()", "while waiting.all()"),
+    Mutation(
+        "episodes of those who wait are counted",
+        "reinforce.py",
+        "run.count_episodes(infos, waiting)",
+        "run.count_episodes(infos)",
+    ),
+    Mutation(
+        "no reset between two batches",
+        "reinforce.py",
+        "if checkpointed else envs.reset()[0]",
+        "if checkpointed else obs",
+    ),
+    Mutation(
+        "no seeds at the reset after a checkpoint",
+        "reinforce.py",
+        "reset(envs, args.seed, step) if checkpointed else envs.reset()[0]",
+        "envs.reset()[0]",
+    ),
+    # ----- A2C and PPO
+    Mutation(
+        "A2C goes downhill", "a2c.py", "policy_loss = -(log_prob * advantage)", "policy_loss = (log_prob * advantage)"
+    ),
+    Mutation("entropy with the wrong sign", "a2c.py ppo.py", "- args.ent_coef * entropy", "+ args.ent_coef * entropy"),
+    Mutation("no weight of the value loss", "a2c.py ppo.py", "+ args.vf_coef * value_loss", "+ value_loss"),
+    Mutation(
+        "value loss without its half",
+        "a2c.py ppo.py",
+        "value_loss = value_error.mean() / 2",
+        "value_loss = value_error.mean()",
+    ),
+    Mutation("gradients clipped by value, not by norm", "a2c.py ppo.py", "clip_grad_norm_(", "clip_grad_value_("),
+    Mutation("gradients add up", "reinforce.py a2c.py", "    optimizer.zero_grad()\n    log", "    log"),
+    Mutation("gradients add up (ppo)", "ppo.py", "            optimizer.zero_grad()\n", ""),
+    Mutation(
+        "PPO: ratio upside down", "ppo.py", "log_ratio = log_prob - old_log_prob", "log_ratio = old_log_prob - log_prob"
+    ),
+    Mutation("PPO: max for min", "ppo.py", "-torch.min(ratio * advantage", "-torch.max(ratio * advantage"),
+    Mutation(
+        "PPO: no min, only the clip",
+        "ppo.py",
+        "-torch.min(ratio * advantage, clipped_ratio * advantage).mean()",
+        "-(clipped_ratio * advantage).mean()",
+    ),
+    Mutation("PPO: goes downhill", "ppo.py", "policy_loss = -torch.min", "policy_loss = torch.min"),
+    Mutation("PPO: clipped above only", "ppo.py", "ratio.clamp(1 - args.clip_coef, 1", "ratio.clamp(0, 1"),
+    Mutation("PPO: min for max in the value loss", "ppo.py", "torch.max(value_error", "torch.min(value_error"),
+    Mutation(
+        "PPO: the value clipped around 0",
+        "ppo.py",
+        "old_value + (value - old_value).clamp(-args.clip_coef, args.clip_coef)",
+        "value.clamp(-args.clip_coef, args.clip_coef)",
+    ),
+    Mutation("PPO: advantages by their variance", "ppo.py", "(advantage.std() + 1e-8)", "(advantage.var() + 1e-8)"),
+    Mutation("PPO: advantages not centred", "ppo.py", "(advantage - advantage.mean()) /", "advantage /"),
+    Mutation("PPO: approx_kl with a wrong sign", "ppo.py", "(ratio - 1 - log_ratio)", "(ratio - 1 + log_ratio)"),
+    Mutation(
+        "PPO: one order for all epochs",
+        "ppo.py",
+        "    for _ in range(args.update_epochs):\n"
+        "        for indices in torch.randperm(target.numel(), device=target.device).chunk(args.num_minibatches):\n",
+        "    order = torch.randperm(target.numel(), device=target.device)\n"
+        "    for _ in range(args.update_epochs):\n"
+        "        for indices in order.chunk(args.num_minibatches):\n",
+    ),
+    Mutation(
+        "PPO: steps drawn with replacement",
+        "ppo.py",
+        "torch.randperm(target.numel(), device",
+        "torch.randint(target.numel(), (target.numel(),), device",
+    ),
+    Mutation(
+        "PPO: minibatches of num_minibatches steps",
+        "ppo.py",
+        ".chunk(args.num_minibatches)",
+        ".split(args.num_minibatches)",
+    ),
+    Mutation("PPO: target_kl stops too small a change", "ppo.py", "> args.target_kl", "< args.target_kl"),
+    Mutation(
+        "gamma and lambda swapped", "a2c.py ppo.py", "args.gamma, args.gae_lambda)", "args.gae_lambda, args.gamma)"
+    ),
+    # ----- learning rates and optimizers
+    Mutation(
+        "the learning rate rises",
+        f"{POLICY_GRADIENT} dqn.py",
+        "= 1 - step / args.total_timesteps if",
+        "= step / args.total_timesteps if",
+    ),
+    Mutation(
+        "the learning rate of the step to come",
+        "a2c.py ppo.py",
+        "remaining = 1 - step / args",
+        "remaining = 1 - (step + batch_size) / args",
+    ),
+    Mutation(
+        "the learning rate never reaches the optimizer", POLICY_GRADIENT, '["lr"] = remaining * args', '["lr"] = args'
+    ),
+    Mutation(
+        "the learning rate never reaches the optimizer (dqn)", "dqn.py", '["lr"] = remaining * args', '["lr"] = args'
+    ),
+    Mutation("Adam's own epsilon", "reinforce.py ppo.py", ", eps=1e-5, fused=True)", ", fused=True)"),
+    Mutation(
+        "Adam for RMSprop",
+        "a2c.py",
+        "torch.optim.RMSprop(agent.parameters(), lr=args.learning_rate, alpha=0.99, eps=1e-5)",
+        "torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)",
+    ),
+    Mutation(
+        "the optimizer never moves the critic",
+        POLICY_GRADIENT,
+        "(agent.parameters(), lr",
+        "(agent.policy.parameters(), lr",
+    ),
+    Mutation(
+        "the actor's optimizer moves the critics too",
+        "ddpg.py td3.py",
+        "Adam(agent.actor.parameters()",
+        "Adam(agent.parameters()",
+    ),
+    Mutation(
+        "the second critic never learns",
+        "td3.py sac.py",
+        "Adam(agent.critics.parameters()",
+        "Adam(agent.critics[0].parameters()",
+    ),
+    Mutation(
+        "the learning rate of the actor for the critics",
+        CONTINUOUS,
+        "lr=args.q_lr, fused",
+        "lr=args.learning_rate, fused",
+    ),
+    Mutation(
+        "the temperature at the rate of the actor",
+        "sac.py",
+        '[agent.log_alpha], "lr": args.q_lr}',
+        "[agent.log_alpha]}",
+    ),
+    Mutation(
+        "the temperature in no optimizer",
+        "sac.py",
+        'groups = {"params": agent.actor.parameters()}, {"params": [agent.log_alpha], "lr": args.q_lr}',
+        "groups = agent.actor.parameters()",
+    ),
+    Mutation("gradients of the critic add up", REPLAY, "    critic_optimizer.zero_grad()\n", ""),
+    Mutation("gradients of the actor add up", CONTINUOUS, "    actor_optimizer.zero_grad()\n", ""),
+    # ----- DQN
+    Mutation(
+        "DQN: the target of the network itself", "dqn.py", "next_q = agent.target_critic(", "next_q = agent.critic("
+    ),
+    Mutation(
+        "DQN: Double with the roles swapped",
+        "dqn.py",
+        "        next_q = agent.target_critic(batch.next_obs)\n"
+        "        chooser = agent.critic(batch.next_obs) if args.double else next_q\n",
+        "        chooser = agent.target_critic(batch.next_obs)\n"
+        "        next_q = agent.critic(batch.next_obs) if args.double else chooser\n",
+    ),
+    Mutation(
+        "DQN: value of the best action, not of the one taken",
+        "dqn.py",
+        ".gather(-1, batch.action.unsqueeze(-1)).squeeze(-1)",
+        ".max(-1).values",
+    ),
+    Mutation("DQN: dueling mean over the batch", "dqn.py", "q.mean(-1, keepdim=True)", "q.mean(0, keepdim=True)"),
+    Mutation("DQN: dueling without the mean", "dqn.py", " + q - q.mean(-1, keepdim=True)", " + q"),
+    Mutation("DQN: Huber loss with the delta of torch", "dqn.py", ", delta=args.huber_delta)", ")"),
+    Mutation(
+        "DQN: epsilon falls on and on",
+        "dqn.py",
+        "min(1.0, step / (args.exploration_fraction * args.total_timesteps))",
+        "step / (args.exploration_fraction * args.total_timesteps)",
+    ),
+    Mutation(
+        "DQN: epsilon falls over the whole run",
+        "dqn.py",
+        "step / (args.exploration_fraction * args.total_timesteps)",
+        "step / args.total_timesteps",
+    ),
+    Mutation("DQN: epsilon never falls", "dqn.py", "            agent.epsilon = epsilon_at(step, args)\n", ""),
+    Mutation(
+        "DQN: one coin for all environments",
+        "dqn.py",
+        "np.random.rand(len(obs)) < epsilon",
+        "np.random.rand() < epsilon",
+    ),
+    Mutation("DQN: evaluated with epsilon", "dqn.py", "self.epsilon if explore else self.eval_epsilon", "self.epsilon"),
+    Mutation("DQN: the last action is never drawn", "dqn.py", "randint(self.space.n,", "randint(self.space.n - 1,"),
+    Mutation(
+        "DQN: targets updated at multiples of the frequency only",
+        "dqn.py",
+        "if step // args.target_network_frequency > (step - args.num_envs) // args.target_network_frequency:",
+        "if step % args.target_network_frequency == 0:",
+    ),
+    Mutation(
+        "DQN: the network follows its target",
+        "dqn.py",
+        "polyak(agent.target_critic, agent.critic,",
+        "polyak(agent.critic, agent.target_critic,",
+    ),
+    Mutation("DQN: a value after termination", "dqn.py", "next_value * ~batch.terminated", "next_value"),
+    # ----- DDPG, TD3 and SAC
+    Mutation(
+        "the target is the critic itself",
+        "dqn.py ddpg.py",
+        "copy.deepcopy(self.critic).requires_grad_(False)",
+        "self.critic",
+    ),
+    Mutation(
+        "the target begins elsewhere (ddpg)",
+        "ddpg.py",
+        "copy.deepcopy(self.critic)",
+        "Critic(obs_dim, self.action_dim)",
+    ),
+    Mutation("a value after termination", CONTINUOUS, "next_value * ~batch.terminated", "next_value"),
+    Mutation(
+        "the target of the actor as it is",
+        "ddpg.py td3.py",
+        "next_action = agent.target_actor(",
+        "next_action = agent.actor(",
+    ),
+    Mutation(
+        "DDPG: the target of the critic as it is",
+        "ddpg.py",
+        "next_value = agent.target_critic(",
+        "next_value = agent.critic(",
+    ),
+    Mutation(
+        "the target of the critics as they are",
+        "td3.py sac.py",
+        "for critic in agent.target_critics)",
+        "for critic in agent.critics)",
+    ),
+    Mutation("max for min of the targets", "td3.py sac.py", "next_value = torch.min(", "next_value = torch.max("),
+    Mutation(
+        "the second critic is a name of the first",
+        "td3.py sac.py",
+        "[Critic(obs_dim, self.action_dim), Critic(obs_dim, self.action_dim)]",
+        "[Critic(obs_dim, self.action_dim)] * 2",
+    ),
+    Mutation("the loss of the critics averages them", "td3.py sac.py", ".square().mean(-1).sum()", ".square().mean()"),
+    Mutation("the actor goes downhill", "ddpg.py td3.py", "    loss = -agent.critic", "    loss = agent.critic"),
+    Mutation("TD3: the actor climbs the second critic", "td3.py", "-agent.critics[0](", "-agent.critics[1]("),
+    Mutation(
+        "the gradient of the actor reaches the critics",
+        "ddpg.py td3.py",
+        "loss.backward(inputs=list(agent.actor.parameters()))",
+        "loss.backward()",
+    ),
+    Mutation(
+        "actor without tanh", "ddpg.py td3.py", "nn.Linear(256, action_dim), nn.Tanh())", "nn.Linear(256, action_dim))"
+    ),
+    Mutation(
+        "noisy actions beyond the bounds",
+        "ddpg.py td3.py",
+        "torch.randn_like(action)).clamp(-1, 1)",
+        "torch.randn_like(action))",
+    ),
+    Mutation(
+        "one noise for all environments", "ddpg.py td3.py", "torch.randn_like(action))", "torch.randn_like(action[:1]))"
+    ),
+    Mutation(
+        "DDPG: the target of the actor stands still",
+        "ddpg.py",
+        "    polyak(agent.target_actor, agent.actor, args.tau)\n",
+        "",
+    ),
+    Mutation(
+        "polyak the wrong way round", "*", "list(source.parameters()), tau)", "list(source.parameters()), 1 - tau)"
+    ),
+    Mutation("TD3: noise of the target not clipped", "td3.py", ".clamp(-args.noise_clip, args.noise_clip)", ""),
+    Mutation(
+        "TD3: actions of the target beyond the bounds",
+        "td3.py",
+        "(next_action + noise).clamp(-1, 1)",
+        "next_action + noise",
+    ),
+    Mutation(
+        "TD3: noise of exploration on the target",
+        "td3.py",
+        "(args.policy_noise * torch",
+        "(args.exploration_noise * torch",
+    ),
+    Mutation(
+        "TD3: one noise for the whole batch",
+        "td3.py",
+        "torch.randn_like(next_action)",
+        "torch.randn_like(next_action[:1])",
+    ),
+    Mutation(
+        "TD3: delay off by one",
+        "td3.py",
+        "if update % args.policy_frequency != 0",
+        "if (update + 1) % args.policy_frequency != 0",
+    ),
+    Mutation(
+        "TD3: targets follow in every update",
+        "td3.py",
+        "    if update % args.policy_frequency != 0:\n        return log\n",
+        "    if update % args.policy_frequency != 0:\n"
+        "        polyak(agent.target_critics, agent.critics, args.tau)\n"
+        "        return log\n",
+    ),
+    Mutation(
+        "TD3: the delay begins anew in each turn",
+        "td3.py",
+        "range(updates_by(step - args.num_envs, args), updates_by(step, args))",
+        "range(updates_by(step, args) - updates_by(step - args.num_envs, args))",
+    ),
+    Mutation("SAC: density without the tanh", "sac.py", "(gaussian - log_slope).sum(-1)", "gaussian.sum(-1)"),
+    Mutation("SAC: slope with the wrong sign", "sac.py", "(gaussian - log_slope)", "(gaussian + log_slope)"),
+    Mutation(
+        "SAC: density without log_std", "sac.py", ".square() / 2 - log_std - math.log", ".square() / 2 - math.log"
+    ),
+    Mutation("SAC: softplus of u, not of 2 u", "sac.py", "softplus(-2 * u)", "softplus(-u)"),
+    Mutation(
+        "SAC: slope that is infinite far out",
+        "sac.py",
+        "2 * (math.log(2) - u - nn.functional.softplus(-2 * u))",
+        "(1 - u.tanh().square()).log()",
+    ),
+    Mutation(
+        "SAC: log_std for std in the loss", "sac.py", "u = mean + log_std.exp() * torch", "u = mean + log_std * torch"
+    ),
+    Mutation("SAC: log_std for std to act", "sac.py", "u = u + log_std.exp() * torch", "u = u + log_std * torch"),
+    Mutation(
+        "SAC: log_std not limited", "sac.py", "return mean, -5 + 3.5 * (log_std.tanh() + 1)", "return mean, log_std"
+    ),
+    Mutation(
+        "SAC: no gradient through the action",
+        "sac.py",
+        "    return u.tanh(), squashed",
+        "    return u.tanh().detach(), squashed",
+    ),
+    Mutation("SAC: acts on the mean without tanh", "sac.py", "return u.tanh().cpu()", "return u.clamp(-1, 1).cpu()"),
+    Mutation(
+        "SAC: no entropy in the target", "sac.py", "        next_value -= agent.log_alpha.exp() * next_log_prob\n", ""
+    ),
+    Mutation("SAC: entropy in the target with the wrong sign", "sac.py", "next_value -= agent", "next_value += agent"),
+    Mutation("SAC: log alpha for alpha", "sac.py", "alpha = agent.log_alpha.exp()", "alpha = agent.log_alpha"),
+    Mutation(
+        "SAC: the target has a gradient",
+        "sac.py",
+        "    with torch.no_grad():\n        next_action, next_log",
+        "    with torch.enable_grad():\n        next_action, next_log",
+    ),
+    Mutation(
+        "SAC: the actor climbs the first critic",
+        "sac.py",
+        "q = torch.min(*(critic(batch.obs, action) for critic in agent.critics))",
+        "q = agent.critics[0](batch.obs, action)",
+    ),
+    Mutation(
+        "SAC: entropy of the actor with the wrong sign",
+        "sac.py",
+        "(alpha.detach() * log_prob - q)",
+        "(-alpha.detach() * log_prob - q)",
+    ),
+    Mutation(
+        "SAC: the loss of the actor moves alpha", "sac.py", "(alpha.detach() * log_prob - q)", "(alpha * log_prob - q)"
+    ),
+    Mutation(
+        "SAC: the loss of alpha moves the actor",
+        "sac.py",
+        "(log_prob.detach() + target_entropy)",
+        "(log_prob + target_entropy)",
+    ),
+    Mutation("SAC: alpha goes the wrong way", "sac.py", "alpha_loss = -(alpha", "alpha_loss = (alpha"),
+    Mutation(
+        "SAC: target entropy with the wrong sign",
+        "sac.py",
+        "target_entropy = -action.shape[-1]",
+        "target_entropy = action.shape[-1]",
+    ),
+    Mutation(
+        "SAC: target entropy of the batch size",
+        "sac.py",
+        "target_entropy = -action.shape[-1]",
+        "target_entropy = -action.shape[0]",
+    ),
+    Mutation(
+        "SAC: a resumed run keeps the temperature it found",
+        "sac.py",
+        "            agent.log_alpha.fill_(math.log(args.alpha))\n",
+        "            pass\n",
+    ),
+    Mutation("random actions of one sign", CONTINUOUS, "np.random.uniform(-1, 1,", "np.random.uniform(0, 1,"),
+    Mutation(
+        "actions not moved to the bounds", "*", "self.center + self.half_width * action", "self.half_width * action"
+    ),
+    # ----- replay
+    Mutation(
+        "the first update too early", REPLAY, "args.gradient_steps * max(0, turns)", "args.gradient_steps * turns"
+    ),
+    Mutation(
+        "updates counted from learning_starts",
+        REPLAY,
+        "step // args.train_frequency - args.learning_starts // args.train_frequency",
+        "(step - args.learning_starts) // args.train_frequency",
+    ),
+    Mutation("one update a turn", REPLAY, "return args.gradient_steps * max(0, turns)", "return max(0, turns)"),
+    Mutation(
+        "updates one turn ahead",
+        REPLAY,
+        "range(updates_by(step - args.num_envs, args), updates_by(step, args))",
+        "range(updates_by(step, args), updates_by(step + args.num_envs, args))",
+    ),
+    Mutation(
+        "one batch for all updates of a turn",
+        "dqn.py ddpg.py sac.py",
+        "            for _ in range(updates_by(step - args.num_envs, args), updates_by(step, args)):\n"
+        "                batch = buffer.sample(args.batch_size)\n",
+        "            batch = buffer.sample(args.batch_size)\n"
+        "            for _ in range(updates_by(step - args.num_envs, args), updates_by(step, args)):\n",
+    ),
+    Mutation(
+        "random actions for a turn too long",
+        REPLAY,
+        "if step < args.learning_starts",
+        "if step <= args.learning_starts",
+    ),
+    Mutation(
+        "the ring does not wrap around",
+        "*",
+        "torch.arange(start, start + count) % self.size",
+        "torch.arange(start, start + count).clamp(max=self.size - 1)",
+    ),
+    Mutation(
+        "samples from places not yet filled",
+        "*",
+        "torch.randint(min(self.added, self.size),",
+        "torch.randint(self.size,",
+    ),
+    Mutation(
+        "the newest transition is never drawn",
+        "*",
+        "torch.randint(min(self.added, self.size),",
+        "torch.randint(max(1, min(self.added, self.size) - 1),",
+    ),
+    Mutation(
+        "next_obs of another transition",
+        "*",
+        "return batch._replace(obs=as_floats(batch.obs), next_obs=as_floats(batch.next_obs))",
+        "return batch._replace(obs=as_floats(batch.obs), next_obs=as_floats(batch.next_obs.roll(1, 0)))",
+    ),
+    Mutation(
+        "bytes not scaled", "*", "return obs / 255 if obs.dtype == torch.uint8 else obs.float()", "return obs.float()"
+    ),
+    Mutation(
+        "bytes of next_obs not scaled", "*", "next_obs=as_floats(batch.next_obs)", "next_obs=batch.next_obs.float()"
+    ),
+    Mutation("a resumed ring begins at its first place", "*", 'self.added = state["added"]', "self.added = filled"),
+    Mutation("a checkpoint holds the whole ring", "*", "x[: self.added].clone()", "x[: self.added]"),
+    # ----- plumbing
+    Mutation("no seed for torch at a reset", "*", "    torch.manual_seed(seed)\n", ""),
+    Mutation("no seed for numpy at a reset", "*", "    np.random.seed(seed)\n", ""),
+    Mutation("no seed for the environments", "*", "return envs.reset(seed=seed)[0]", "return envs.reset()[0]"),
+    Mutation("seed and step added up", "*", "seed = seed_for(seed, step)", "seed = seed + step"),
+    Mutation("the first weights have no seed", "*", "    torch.manual_seed(args.seed)\n", ""),
+    Mutation(
+        "autoreset in the step after", "*", "gym.vector.AutoresetMode.SAME_STEP", "gym.vector.AutoresetMode.NEXT_STEP"
+    ),
+    Mutation("evaluation explores", "*", "agent.act(obs, explore=False)", "agent.act(obs, explore=True)"),
+    Mutation("evaluation on the seed of the training", "*", "seed_for(args.seed, 0, 1)", "seed_for(args.seed, 0)"),
+    Mutation("evaluation without a seed", "*", "envs.reset(seed=seed_for(args.seed, 0, 1))", "envs.reset()"),
+    Mutation("evaluation counts later episodes", "*", "returns[alive] += reward[alive]", "returns += reward"),
+    Mutation(
+        "evaluation does not end at truncation", "*", "alive &= ~(terminated | truncated)", "alive &= ~terminated"
+    ),
+    Mutation(
+        "evaluation loses the last reward",
+        "*",
+        "            returns[alive] += reward[alive]\n            alive &= ~(terminated | truncated)\n",
+        "            alive &= ~(terminated | truncated)\n            returns[alive] += reward[alive]\n",
+    ),
+    Mutation(
+        "evaluated twice at the end",
+        "*",
+        "if evaluation and not finished and not stopping",
+        "if evaluation and not stopping",
+    ),
+    Mutation("files written in their place", "*", 'path.with_name(path.name + ".part")', "path"),
+    Mutation(
+        "checkpoints may run code", "*", "weights_only=True)\n        if name", "weights_only=False)\n        if name"
+    ),
+    Mutation(
+        "another seed may go on with a run",
+        "*",
+        "(args.env_id, args.seed) == (old.env_id, old.seed)",
+        "args.env_id == old.env_id",
+    ),
+    Mutation(
+        "optimizers are not restored",
+        "*",
+        "                states[name].load_state_dict(state)\n",
+        '                if name in ("agent", "buffer"):\n                    states[name].load_state_dict(state)\n',
+    ),
+    Mutation("the flags of the checkpoint win", "*", "group.update(given)  # the flags", "pass  # the flags"),
+    Mutation("rows after the checkpoint stay", "*", "self.metrics.truncate(min(", "(min("),
+    Mutation(
+        "a checkpoint without the optimizer",
+        POLICY_GRADIENT,
+        "Run(args, saved, agent=agent, optimizer=optimizer)",
+        "Run(args, saved, agent=agent)",
+    ),
+    Mutation("a checkpoint without the buffer", REPLAY, ", buffer=buffer)", ")"),
+    Mutation("a checkpoint without the actor's optimizer", CONTINUOUS, ", actor_optimizer=actor_optimizer,", ","),
+    Mutation("a resumed run counts from 0", POLICY_GRADIENT, "step = run.step\n", "step = 0\n"),
+    Mutation("a resumed run counts from 0 (replay)", REPLAY, "step, row = run.step, {}", "step, row = 0, {}"),
+    Mutation(
+        "no reset after a checkpoint",
+        "a2c.py ppo.py",
+        "                obs = reset(envs, args.seed, step)\n                if args",
+        "                if args",
+    ),
+    Mutation("no reset after a checkpoint (replay)", REPLAY, "obs, row = reset(envs, args.seed, step), {}", "row = {}"),
+    Mutation("a checkpoint without its row", "*", "        if log or checkpoint:\n", "        if log:\n"),
+    Mutation(
+        "the last checkpoint is not of the end", "*", " or (finished and (self.folder", " or (False and (self.folder"
+    ),
+    Mutation("no checkpoint at a signal", "*", "checkpoint |= stopping or (", "checkpoint |= ("),
+    Mutation("a stopped run ends with exit code 0", "*", "raise SystemExit(128 + self.signal)", "raise SystemExit(0)"),
+    Mutation(
+        "a second signal waits as well",
+        "*",
+        "        self.signal = number\n        self.restore_handlers()\n",
+        "        self.signal = number\n",
+    ),
+    Mutation("rows at multiples of log_every only", "*", "step // every > self.step // every", "step % every == 0"),
+    Mutation(
+        "no last row", "*", "(finished or step // every > self.step // every)", "(step // every > self.step // every)"
+    ),
+    Mutation(
+        "episodes counted again in each row",
+        "*",
+        "            self.log(row)\n            self.returns, self.lengths = [], []\n",
+        "            self.log(row)\n",
+    ),
+    Mutation(
+        "of episodes that end together one counts",
+        "*",
+        'self.returns.extend(episode["r"][ended].tolist())',
+        'self.returns.append(episode["r"][ended][0].item())',
+    ),
+    Mutation(
+        "steps since the start over the time since the last row", "*", "(step - self.row_step) / (time", "step / (time"
+    ),
+    Mutation("no search for NaN in the losses", "*", "if not math.isfinite(x)]", "if False]"),
+    Mutation("infinite losses pass", "*", "if not math.isfinite(x)]", "if math.isnan(x)]"),
+    Mutation(
+        "no search for NaN in what a checkpoint holds", "*", "check_finite(row, states)\n", "check_finite(row, {})\n"
+    ),
+    Mutation(
+        "no return in a row with a single episode",
+        "*",
+        "            if self.returns:\n",
+        "            if len(self.returns) > 1:\n",
+    ),
+]
+
+
+# ----- applying them --------------------------------------------------------------------------------------------------
+
+
+def scripts_of(mutation: Mutation, root: Path) -> list[str]:
+    """The names of the scripts that it changes."""
+    if mutation.scripts != "*":
+        return mutation.scripts.split()
+    return sorted(path.name for path in root.glob("*.py") if mutation.old in path.read_text())
+
+
+def mutated(mutation: Mutation, root: Path) -> dict[str, str]:
+    """{script: its text with the mistake}; raises ValueError where the mutation does not apply."""
+    texts = {}
+    for name in scripts_of(mutation, root):
+        text = (root / name).read_text() if (root / name).exists() else ""
+        if text.count(mutation.old) != 1:
+            raise ValueError(f"its text occurs {text.count(mutation.old)} times in {name}")
+        texts[name] = text.replace(mutation.old, mutation.new)
+        compile(texts[name], name, "exec")
+    if not texts:
+        raise ValueError("its text occurs in no script")
+    return texts
+
+
+def check(root: Path) -> None:
+    """Exits with a list of the mutations that do not apply to the scripts, or not clearly."""
+    names = [mutation.name for mutation in MUTATIONS]
+    bad = [f"{name}: there are two of this name" for name in sorted({n for n in names if names.count(n) > 1})]
+    for mutation in MUTATIONS:
+        try:
+            mutated(mutation, root)
+        except (ValueError, SyntaxError) as error:
+            bad.append(f"{mutation.name}: {error}")
+    if bad:
+        sys.exit("\n".join(["These mutations do not apply:", *bad]))
+
+
+# ----- running the tests ----------------------------------------------------------------------------------------------
+
+
+def copy_repository(root: Path, target: Path) -> None:
+    """What the tests need."""
+    shutil.copytree(root / "tests", target / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    for path in [*root.glob("*.py"), root / "pyproject.toml", root / "README.md"]:
+        shutil.copy(path, target)
+
+
+def stages(root: Path) -> list[list[str]]:
+    """The test files in the order in which they are asked."""
+    there = [f"tests/{path.name}" for path in sorted((root / "tests").glob("test_*.py")) if path.name not in NEVER]
+    first = [path for path in there if Path(path).name in FIRST]
+    last = [path for path in there if Path(path).name in LAST]
+    return [stage for stage in (first, [path for path in there if path not in (*first, *last)], last) if stage]
+
+
+class Outcome(NamedTuple):
+    failed: list[str]  # the names of the failed tests
+    stage: int  # the last one that was run, from 1
+    seconds: float
+
+
+def pytest(folder: Path, files: list[str], *options: str, limit: float = math.inf) -> tuple[list[str], str]:
+    """Runs these test files in the folder; returns what failed, and the output."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", *options, *files]
+    clean = {name: x for name, x in os.environ.items() if name not in ("PYTHONPATH", "PYTEST_ADDOPTS")}
+    job = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=clean | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "1000"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # so that what the tests started can be ended with them
+    )
+    output, waited = None, 0
+    while output is None:
+        try:
+            output, _ = job.communicate(timeout=1)
+        except subprocess.TimeoutExpired:
+            waited += 1  # and not by the clock: it may be that all of this was stopped for a while, and goes on
+        if waited > limit:
+            os.killpg(job.pid, signal.SIGKILL)
+            job.communicate()
+            return [f"timeout after {limit:.0f} s"], ""
+    failed = re.findall(r"^(?:FAILED|ERROR) (?:tests/)?(.+?)(?: - .*)?$", output, re.MULTILINE)
+    if job.returncode != 0 and not failed:
+        failed = [f"pytest ended with {job.returncode}"]
+    return failed, output
+
+
+class Tests:
+    """The stages over the scripts as they are: each must pass there, or what it says of a mutation means nothing."""
+
+    def __init__(self, root: Path):
+        self.root, self.lock = root, threading.Lock()
+        self.stages = stages(root)
+
+    @cache
+    def unmutated(self, stage: int) -> float:
+        """Runs a stage without a mutation; returns how long it may take with one."""
+        start = time.monotonic()
+        failed, output = pytest(self.root, self.stages[stage])
+        if failed:
+            raise SystemExit(f"{output}\nThese tests fail without any mutation.")
+        return 5 * (time.monotonic() - start) + 60
+
+    @cache
+    def of_others(self, stage: int, scripts: frozenset[str]) -> list[str]:
+        """Options that leave out the tests of other scripts: those with a script, but none of these, as a parameter."""
+        _, output = pytest(self.root, self.stages[stage], "--collect-only")
+        every = {path.stem for path in self.root.glob("*.py")}
+        options = []
+        for line in output.splitlines():
+            if match := re.fullmatch(r"(tests/\S+?)\[(.*)\]", line):
+                named = every.intersection(match[2].split("-"))
+                if named and not named & scripts:
+                    options.append(f"--deselect={line}")
+        return options
+
+    def run(self, mutation: Mutation) -> Outcome:
+        """The tests that see it, of the first stage in which one does."""
+        start = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
+            copy_repository(self.root, Path(folder))
+            texts = mutated(mutation, self.root)
+            for name, text in texts.items():
+                (Path(folder) / name).write_text(text)
+            for stage, files in enumerate(self.stages):
+                with self.lock:
+                    limit = self.unmutated(stage)
+                    scripts = frozenset(name.removesuffix(".py") for name in texts)
+                    others = self.of_others(stage, scripts)
+                failed, _ = pytest(Path(folder), files, f"--maxfail={ENOUGH}", *others, limit=limit)
+                if failed:
+                    break
+        return Outcome(failed, stage + 1, time.monotonic() - start)
+
+
+# ----- the report -----------------------------------------------------------------------------------------------------
+
+
+def caught_by(outcome: Outcome) -> str:
+    """The number of tests that failed and the names of three."""
+    if not outcome.failed:
+        return "**nothing**"
+    count = f"{len(outcome.failed)}{' or more' if len(outcome.failed) >= ENOUGH else ''}"
+    return "<br>".join([f"{count}:", *(f"`{name}`" for name in outcome.failed[:3])]).replace("|", "\\|")
+
+
+def table(outcomes: dict[Mutation, Outcome], root: Path) -> str:
+    """The report in Markdown."""
+    caught = sum(bool(outcome.failed) for outcome in outcomes.values())
+    lines = [
+        "# Planted mistakes, and the tests that see them",
+        "",
+        f"Written by `python tests/mutations.py`: {len(outcomes)} mistakes, planted one at a time. The fast tests,",
+        f"without `test_copies.py`, catch {caught}.",
+        f"A stage of the tests ends with its {ENOUGH}th failure; the later stages, which take longer, are asked only",
+        "about what the earlier ones let pass. Three of the tests that failed are named.",
+        "",
+        "| mistake | scripts | stage | caught by |",
+        "| --- | --- | --- | --- |",
+    ]
+    for mutation, outcome in outcomes.items():
+        scripts = ", ".join(name.removesuffix(".py") for name in scripts_of(mutation, root))
+        lines.append(f"| {mutation.name} | {scripts} | {outcome.stage} | {caught_by(outcome)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="only the mutations with this text in their name")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutations tested at once")
+    parser.add_argument("--table", type=Path, help="where the table goes; without --only to tests/mutations.md")
+    parser.add_argument("--check", action="store_true", help="only check that each mutation applies")
+    args = parser.parse_args()
+    check(ROOT)
+    chosen = [mutation for mutation in MUTATIONS if args.only in mutation.name]
+    print(f"{len(chosen)} mutations", flush=True)
+    if args.check or not chosen:
+        return
+    outcomes = {}
+    with tempfile.TemporaryDirectory(prefix="mutations-") as folder, ThreadPoolExecutor(args.jobs) as pool:
+        copy_repository(ROOT, Path(folder))  # once: the repository may change while this goes on
+        tests = Tests(Path(folder))
+        jobs = {pool.submit(tests.run, mutation): mutation for mutation in chosen}
+        try:
+            for job in as_completed(jobs):
+                mutation, outcome = jobs[job], job.result()
+                outcomes[mutation] = outcome
+                verdict = f"caught in stage {outcome.stage} by {len(outcome.failed)}" if outcome.failed else "SURVIVED"
+                count = f"[{len(outcomes):3}/{len(chosen)}]"
+                print(f"{count} {outcome.seconds:5.0f} s  {verdict}: {mutation.name}", flush=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
+        outcomes = {mutation: outcomes[mutation] for mutation in chosen}
+        path = args.table or (None if args.only else ROOT / "tests" / "mutations.md")
+        if path:
+            path.write_text(table(outcomes, Path(folder)))
+    survivors = [mutation.name for mutation, outcome in outcomes.items() if not outcome.failed]
+    if survivors:
+        sys.exit("\n".join(["These mutations survive:", *survivors]))
+    print("All are caught.")
+
+
+if __name__ == "__main__":
+    main()
