@@ -103,7 +103,7 @@ class Doubles(OneNumber):
         return obs, np.float64(2**24 + 1), *rest
 
 
-class Integers(OneNumber):
+class AllIntegers(OneNumber):
     """Observations and rewards are integers."""
 
     observation_space = Box(-5, 5, (4,), np.int64)
@@ -169,7 +169,7 @@ class SignalsPendulum(Signals, PendulumEnv):
 # Unequal, asymmetric bounds, and a shape that must be flattened for the networks and given back to the environment.
 UNEVEN = Box(np.array([[-1], [0]], np.float32), np.array([[3], [0.5]], np.float32))
 
-AWKWARD = (OneNumber, Large, Doubles, Integers, OneStep, BothEnds, Millions)
+AWKWARD = (OneNumber, Large, Doubles, AllIntegers, OneStep, BothEnds, Millions)
 for kind in (Raises, NaN, Ledger, Forever, DictObs, *AWKWARD):
     gym.register(f"{kind.__name__}-v0", kind)
     gym.register(f"{kind.__name__}Box-v0", kind, kwargs={"action_space": UNEVEN})

@@ -636,3 +636,17 @@ def test_compiled_update_agrees_with_the_eager_one(module):
             getattr(module, f"{name}_update")(agent, optimizer, rollout, args, gradients)
         weights.append(torch.cat([p.detach().flatten() for p in agent.parameters()]))
     torch.testing.assert_close(*weights, rtol=0, atol=1e-4)
+
+
+# ----- first weights
+
+
+@everywhere
+@pytest.mark.parametrize("space", (gym.spaces.Discrete(4), gym.spaces.Box(-1, 1, (2,))), ids=("Discrete", "Box"))
+def test_layers_begin_orthogonal_the_last_of_the_policy_small(module, space):
+    """All singular values of a layer are its gain: sqrt(2), but 0.01 for the last of the policy, 1 for that of V."""
+    agent = module.Agent(spaces(space), module.Args(), torch.device("cpu"))
+    for net, last in ((agent.policy.net, 0.01), (agent.critic, 1.0)):
+        for layer, gain in zip(net[::2], (2**0.5, 2**0.5, last), strict=True):
+            torch.testing.assert_close(torch.linalg.svdvals(layer.weight), torch.full((min(layer.weight.shape),), gain))
+            assert not layer.bias.any()

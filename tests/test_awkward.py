@@ -12,7 +12,7 @@ ENVIRONMENTS = {
     "OneNumber": (5, 5),
     "Large": (5, 5),
     "Doubles": (5, 5 * (2**24 + 1)),
-    "Integers": (5, 10),
+    "AllIntegers": (5, 10),
     "OneStep": (1, 1),
     "BothEnds": (5, 5),
     "Millions": (5, -1e6),

@@ -158,15 +158,18 @@ def test_statistics_grow_after_the_update(module, monkeypatch, quiet):
 def test_the_running_return_goes_on_over_rollouts_and_begins_anew_where_the_environments_do(module, monkeypatch, quiet):
     """After each checkpoint; in REINFORCE, which resets them for each batch, always."""
     flags = dict(num_steps=8) if module is not reinforce else {}
-    carried = []
+    Clock.made, carried, ends = 0, [], []
     forward = module.RewardScaler.forward
 
     def spy(self, reward, done):
         carried.append(torch.as_tensor(self.running_return).any().item())
+        ends.append(done)
         return forward(self, reward, done)
 
     monkeypatch.setattr(module.RewardScaler, "forward", spy)
-    module.train(module.Args(num_envs=2, total_timesteps=160, checkpoint_every=64, **flags, **quiet))
+    seen = rollouts(module, monkeypatch, num_envs=2, total_timesteps=160, checkpoint_every=64, **flags, **quiet)
+    assert all(torch.equal(rollout.done, end) for (rollout, _, _), end in zip(seen, ends, strict=True))
+    assert any((rollout.done & ~rollout.terminated).any() for rollout, _, _ in seen)
     assert len(carried) > 4
     expected = [False, True, True, True] if module is not reinforce else [False]
     assert carried == (expected * len(carried))[: len(carried)]
