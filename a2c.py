@@ -341,7 +341,7 @@ def train(args: Args) -> Path:
     torch.manual_seed(args.seed)
     agent = Agent(envs, args, device)
     optimizer = torch.optim.RMSprop(agent.parameters(), lr=args.learning_rate, alpha=0.99, eps=1e-5)
-    gradients = compiled(a2c_gradients, device) if args.compile else a2c_gradients
+    gradients = accelerated(a2c_gradients, args, device)
     with closing(envs), Run(args, saved, agent=agent, optimizer=optimizer) as run:
         step = run.step
         obs = reset(envs, args.seed, step)
@@ -402,16 +402,30 @@ def check_flags(args: Args) -> torch.device:
     device = args.device if args.device != "auto" else next(name for name in there if there[name])
     require(there[device], f"--device {device}: torch finds none here")
     torch.set_num_threads(args.num_threads)
-    cpu = torch.cpu.get_capabilities()
-    exact = cpu.get("avx512_bf16", False) and not cpu.get("amx_bf16", False)  # "bf16" rounds on AMX only; else float32
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16" if args.onednn and exact else "none"
     return torch.device(device)
 
 
-def compiled(function, device: torch.device):
-    """The function compiled into one graph; on CUDA into a CUDA graph."""
-    torch._dynamo.config.trace_autograd_ops = True  # lets backward() into the graph
-    return torch.compile(function, fullgraph=True, mode="reduce-overhead" if device.type == "cuda" else "default")
+def accelerated(function, args: Args, device: torch.device):
+    """The function, with --compile in one graph, on CUDA a CUDA graph, with --onednn multiplying matrices by oneDNN."""
+    if args.compile:
+        torch._dynamo.config.trace_autograd_ops = True  # lets backward() into the graph
+        mode = "reduce-overhead" if device.type == "cuda" else "default"
+        function = torch.compile(function, fullgraph=True, mode=mode)
+    cpu = torch.cpu.get_capabilities()
+    exact = cpu.get("avx512_bf16", False) and not cpu.get("amx_bf16", False)  # "bf16" rounds on AMX only; else float32
+    if not (args.onednn and exact and device.type == "cpu"):
+        return function
+    products = torch.backends.mkldnn.matmul
+
+    def with_onednn(*inputs):
+        """The same, with oneDNN for the time that it takes."""
+        products.fp32_precision = "bf16"
+        try:
+            return function(*inputs)
+        finally:  # products of a few rows, as to act, are faster without
+            products.fp32_precision = "none"
+
+    return with_onednn
 
 
 def make_envs(args: Args, num_envs: int, video: Path | None = None) -> gym.vector.SyncVectorEnv:

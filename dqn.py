@@ -100,7 +100,7 @@ class Args:
     end_e: float = 0.2  # epsilon in the end
     exploration_fraction: float = 0.16  # share of total_timesteps in which epsilon falls
     eval_epsilon: float = 0.0  # epsilon in evaluations
-    huber_delta: float = 10.0  # error beyond which the Huber loss is linear; inf for half the squared error
+    huber_delta: float = 100.0  # error beyond which the Huber loss is linear; inf for half the squared error
     double: bool = True  # the network chooses the action of the target, the target network rates it
     dueling: bool = False  # separate value of the state and advantages of the actions
 
@@ -145,8 +145,8 @@ class Agent(nn.Module):
         """Actions (N,) for obs (N, obs_dim): those of the highest Q, with the probability epsilon random ones."""
         action = self.critic(as_floats(torch.from_numpy(obs)).to(self.device)).argmax(-1).cpu().numpy()
         epsilon = self.epsilon if explore else self.eval_epsilon
-        if epsilon > 0:
-            strays = np.random.rand(len(obs)) < epsilon
+        strays = epsilon > 0 and np.random.rand(len(obs)) < epsilon
+        if np.any(strays):
             action = np.where(strays, self.random_action(len(obs)), action)
         return action
 
@@ -198,9 +198,12 @@ class ReplayBuffer:
         """Adds one transition of each environment: arrays (N, ...) in the order of the fields of Transitions."""
         start, count = self.added % self.size, len(transitions[0])
         whole = start + count <= self.size  # then a slice will do, which is faster
-        places = slice(start, start + count) if whole else torch.arange(start, start + count) % self.size
+        places = slice(start, start + count) if whole else np.arange(start, start + count) % self.size
         for rows, new in zip(self.rows, transitions):
-            rows[places] = torch.from_numpy(new).to(rows)
+            if rows.is_cpu:
+                rows.numpy()[places] = new  # numpy assigns a few numbers faster than torch
+            else:
+                rows[places] = torch.from_numpy(new).to(rows)
         self.added += count
 
     def sample(self, batch_size: int) -> Transitions:
@@ -308,7 +311,7 @@ def train(args: Args) -> Path:
     agent = Agent(envs, args, device)
     critic_optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.learning_rate, fused=True)
     buffer = ReplayBuffer(envs, min(args.buffer_size, args.total_timesteps), device)
-    gradients = compiled(critic_gradients, device) if args.compile else critic_gradients
+    gradients = accelerated(critic_gradients, args, device)
     states = dict(agent=agent, critic_optimizer=critic_optimizer, buffer=buffer)
     with closing(envs), Run(args, saved, **states) as run:
         print(buffer.about, flush=True)
@@ -368,16 +371,30 @@ def check_flags(args: Args) -> torch.device:
     device = args.device if args.device != "auto" else next(name for name in there if there[name])
     require(there[device], f"--device {device}: torch finds none here")
     torch.set_num_threads(args.num_threads)
-    cpu = torch.cpu.get_capabilities()
-    exact = cpu.get("avx512_bf16", False) and not cpu.get("amx_bf16", False)  # "bf16" rounds on AMX only; else float32
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16" if args.onednn and exact else "none"
     return torch.device(device)
 
 
-def compiled(function, device: torch.device):
-    """The function compiled into one graph; on CUDA into a CUDA graph."""
-    torch._dynamo.config.trace_autograd_ops = True  # lets backward() into the graph
-    return torch.compile(function, fullgraph=True, mode="reduce-overhead" if device.type == "cuda" else "default")
+def accelerated(function, args: Args, device: torch.device):
+    """The function, with --compile in one graph, on CUDA a CUDA graph, with --onednn multiplying matrices by oneDNN."""
+    if args.compile:
+        torch._dynamo.config.trace_autograd_ops = True  # lets backward() into the graph
+        mode = "reduce-overhead" if device.type == "cuda" else "default"
+        function = torch.compile(function, fullgraph=True, mode=mode)
+    cpu = torch.cpu.get_capabilities()
+    exact = cpu.get("avx512_bf16", False) and not cpu.get("amx_bf16", False)  # "bf16" rounds on AMX only; else float32
+    if not (args.onednn and exact and device.type == "cpu"):
+        return function
+    products = torch.backends.mkldnn.matmul
+
+    def with_onednn(*inputs):
+        """The same, with oneDNN for the time that it takes."""
+        products.fp32_precision = "bf16"
+        try:
+            return function(*inputs)
+        finally:  # products of a few rows, as to act, are faster without
+            products.fp32_precision = "none"
+
+    return with_onednn
 
 
 def make_envs(args: Args, num_envs: int, video: Path | None = None) -> gym.vector.SyncVectorEnv:

@@ -205,9 +205,12 @@ class ReplayBuffer:
         """Adds one transition of each environment: arrays (N, ...) in the order of the fields of Transitions."""
         start, count = self.added % self.size, len(transitions[0])
         whole = start + count <= self.size  # then a slice will do, which is faster
-        places = slice(start, start + count) if whole else torch.arange(start, start + count) % self.size
+        places = slice(start, start + count) if whole else np.arange(start, start + count) % self.size
         for rows, new in zip(self.rows, transitions):
-            rows[places] = torch.from_numpy(new).to(rows)
+            if rows.is_cpu:
+                rows.numpy()[places] = new  # numpy assigns a few numbers faster than torch
+            else:
+                rows[places] = torch.from_numpy(new).to(rows)
         self.added += count
 
     def sample(self, batch_size: int) -> Transitions:
@@ -334,7 +337,7 @@ def train(args: Args) -> Path:
     critic_optimizer = torch.optim.Adam(agent.critics.parameters(), lr=args.q_lr, fused=True)
     actor_optimizer = torch.optim.Adam(agent.actor.parameters(), lr=args.learning_rate, fused=True)
     buffer = ReplayBuffer(envs, min(args.buffer_size, args.total_timesteps), device)
-    gradients = [compiled(f, device) if args.compile else f for f in (critic_gradients, actor_gradients)]
+    gradients = [accelerated(f, args, device) for f in (critic_gradients, actor_gradients)]
     states = dict(agent=agent, critic_optimizer=critic_optimizer, actor_optimizer=actor_optimizer, buffer=buffer)
     with closing(envs), Run(args, saved, **states) as run:
         print(buffer.about, flush=True)
@@ -389,16 +392,30 @@ def check_flags(args: Args) -> torch.device:
     device = args.device if args.device != "auto" else next(name for name in there if there[name])
     require(there[device], f"--device {device}: torch finds none here")
     torch.set_num_threads(args.num_threads)
-    cpu = torch.cpu.get_capabilities()
-    exact = cpu.get("avx512_bf16", False) and not cpu.get("amx_bf16", False)  # "bf16" rounds on AMX only; else float32
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16" if args.onednn and exact else "none"
     return torch.device(device)
 
 
-def compiled(function, device: torch.device):
-    """The function compiled into one graph; on CUDA into a CUDA graph."""
-    torch._dynamo.config.trace_autograd_ops = True  # lets backward() into the graph
-    return torch.compile(function, fullgraph=True, mode="reduce-overhead" if device.type == "cuda" else "default")
+def accelerated(function, args: Args, device: torch.device):
+    """The function, with --compile in one graph, on CUDA a CUDA graph, with --onednn multiplying matrices by oneDNN."""
+    if args.compile:
+        torch._dynamo.config.trace_autograd_ops = True  # lets backward() into the graph
+        mode = "reduce-overhead" if device.type == "cuda" else "default"
+        function = torch.compile(function, fullgraph=True, mode=mode)
+    cpu = torch.cpu.get_capabilities()
+    exact = cpu.get("avx512_bf16", False) and not cpu.get("amx_bf16", False)  # "bf16" rounds on AMX only; else float32
+    if not (args.onednn and exact and device.type == "cpu"):
+        return function
+    products = torch.backends.mkldnn.matmul
+
+    def with_onednn(*inputs):
+        """The same, with oneDNN for the time that it takes."""
+        products.fp32_precision = "bf16"
+        try:
+            return function(*inputs)
+        finally:  # products of a few rows, as to act, are faster without
+            products.fp32_precision = "none"
+
+    return with_onednn
 
 
 def make_envs(args: Args, num_envs: int, video: Path | None = None) -> gym.vector.SyncVectorEnv:

@@ -2,6 +2,7 @@
 
     python tests/mutations.py                        # all of them (hours), and the table tests/mutations.md
     python tests/mutations.py --only gae             # those with `gae` in their name, and no table
+    python tests/mutations.py --record FILE          # goes on where a run with the same file was cut off
     python tests/mutations.py --check                # only whether each still applies to the scripts as they are
 
 A mutation replaces a text that occurs exactly once in each of its scripts, in a copy of the repository in a temporary
@@ -14,6 +15,7 @@ a test to write.
 """
 
 import argparse
+import json
 import math
 import os
 import re
@@ -714,8 +716,8 @@ MUTATIONS = [
     Mutation(
         "the ring does not wrap around",
         "*",
-        "torch.arange(start, start + count) % self.size",
-        "torch.arange(start, start + count).clamp(max=self.size - 1)",
+        "np.arange(start, start + count) % self.size",
+        "np.arange(start, start + count).clip(max=self.size - 1)",
     ),
     Mutation(
         "samples from places not yet filled",
@@ -1021,11 +1023,19 @@ def table(outcomes: dict[Mutation, Outcome], root: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def recorded(path: Path | None, chosen: list[Mutation]) -> dict[Mutation, Outcome]:
+    """The outcomes that an earlier run kept in the file, of those mutations that are as they were."""
+    lines = path.read_text().splitlines() if path and path.exists() else []
+    outcomes = {Mutation(*mutation): Outcome(*outcome) for mutation, outcome in map(json.loads, lines)}
+    return {mutation: outcome for mutation, outcome in outcomes.items() if mutation in chosen}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="only the mutations with this text in their name")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutations tested at once")
     parser.add_argument("--table", type=Path, help="where the table goes; without --only to tests/mutations.md")
+    parser.add_argument("--record", type=Path, help="a file to keep what was caught in; a later run leaves that out")
     parser.add_argument("--check", action="store_true", help="only check that each mutation applies")
     args = parser.parse_args()
     check(ROOT)
@@ -1033,11 +1043,11 @@ def main() -> None:
     print(f"{len(chosen)} mutations", flush=True)
     if args.check or not chosen:
         return
-    outcomes = {}
+    outcomes = recorded(args.record, chosen)
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder, ThreadPoolExecutor(args.jobs) as pool:
         copy_repository(ROOT, Path(folder))  # once: the repository may change while this goes on
         tests = Tests(Path(folder))
-        jobs = {pool.submit(tests.run, mutation): mutation for mutation in chosen}
+        jobs = {pool.submit(tests.run, mutation): mutation for mutation in chosen if mutation not in outcomes}
         try:
             for job in as_completed(jobs):
                 mutation, outcome = jobs[job], job.result()
@@ -1045,6 +1055,9 @@ def main() -> None:
                 verdict = f"caught in stage {outcome.stage} by {len(outcome.failed)}" if outcome.failed else "SURVIVED"
                 count = f"[{len(outcomes):3}/{len(chosen)}]"
                 print(f"{count} {outcome.seconds:5.0f} s  {verdict}: {mutation.name}", flush=True)
+                if args.record and outcome.failed:
+                    with args.record.open("a") as file:
+                        file.write(json.dumps([mutation, outcome]) + "\n")
         finally:
             pool.shutdown(cancel_futures=True)
         outcomes = {mutation: outcomes[mutation] for mutation in chosen}

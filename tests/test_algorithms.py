@@ -627,7 +627,7 @@ def test_compiled_update_agrees_with_the_eager_one(module):
         name = module.__name__
         gradients = getattr(module, f"{name}_gradients")
         if compiled:
-            gradients = module.compiled(gradients, torch.device("cpu"))
+            gradients = module.accelerated(gradients, module.Args(compile=True), torch.device("cpu"))
         optimizer = torch.optim.Adam(agent.parameters(), lr=1e-3, fused=True)
         for i in range(20):
             rollout = random_rollout(i, 8, 3)

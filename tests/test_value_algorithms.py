@@ -710,7 +710,7 @@ def test_compiled_updates_agree_with_the_eager_ones(module):
         if compiled:
             # The compiled code has random numbers of its own unless it falls back on those of torch.
             torch._inductor.config.fallback_random = True
-            gradients = [module.compiled(function, CPU) for function in gradients]
+            gradients = [module.accelerated(function, module.Args(compile=True), CPU) for function in gradients]
         torch.manual_seed(7)
         for i in range(20):
             number = [i] if module is td3 else []
@@ -726,15 +726,25 @@ def test_compiled_updates_agree_with_the_eager_ones(module):
 # ----- products of matrices -------------------------------------------------------------------------------------------
 
 
-@continuous
+@pytest.mark.parametrize("module", (dqn, ddpg, td3, sac))
 def test_onednn_multiplies_in_float32_or_not_at_all(module):
     """Products of rounded factors (bfloat16) would be wrong in the third digit."""
-    precision = torch.backends.mkldnn.matmul
     x, y = torch.randn(2, 256, 256, dtype=torch.float32)
-    try:
-        module.check_flags(module.Args(onednn=True))
-        assert (x @ y - x.double() @ y.double()).abs().max() < 5e-4
-        module.check_flags(module.Args(onednn=False))
-        assert precision.fp32_precision == "none"
-    finally:
-        precision.fp32_precision = "none"
+    precisions = []
+
+    def product(x, y):
+        precisions.append(torch.backends.mkldnn.matmul.fp32_precision)
+        if len(precisions) == 3:
+            raise RuntimeError
+        return x @ y
+
+    accelerated = module.accelerated(product, module.Args(onednn=True), CPU)
+    assert (accelerated(x, y) - x.double() @ y.double()).abs().max() < 5e-4
+    assert module.accelerated(product, module.Args(onednn=False), CPU) is product
+    product(x, y)
+    with pytest.raises(RuntimeError):
+        accelerated(x, y)
+    cpu = torch.cpu.get_capabilities()
+    used = "bf16" if cpu.get("avx512_bf16") and not cpu.get("amx_bf16") else "none"
+    assert precisions == [used, "none", used]
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none", "also after an error"
