@@ -316,6 +316,7 @@ def test_samples_have_the_distribution(module):
     std = gaussian.log_std.exp()
     assert ((draws.mean(0) - gaussian.net(obs)[0]).abs() < 5 * std / n**0.5).all()
     assert ((draws.std(0) - std).abs() < 5 * std / (2 * n) ** 0.5).all()
+    assert draws.T.corrcoef()[0, 1].abs() < 5 / n**0.5, "each dimension has a noise of its own"
 
 
 @everywhere

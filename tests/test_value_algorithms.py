@@ -370,6 +370,7 @@ def test_actions_are_drawn_as_their_log_probability_says_and_the_deterministic_o
     u = action.atanh()
     torch.testing.assert_close(u.mean(0), mean[0], rtol=0, atol=0.02)
     torch.testing.assert_close(u.std(0), log_std[0].exp(), rtol=0.02, atol=0)
+    assert u.T.corrcoef()[0, 1].abs() < 5 / 200_000**0.5, "each dimension has a noise of its own"
     torch.testing.assert_close(log_prob, sac.squashed_log_prob(u, mean, log_std), rtol=1e-5, atol=1e-5)
     agent.float()
     obs = obs.float().numpy()
