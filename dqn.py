@@ -2,28 +2,30 @@
 # requires-python = ">=3.11"
 # dependencies = ["torch>=2.13", "gymnasium[classic-control,mujoco]>=1.4", "tyro>=1.0", "wandb", "numpy", "tqdm"]
 # ///
-"""Deep Q-Network: learns the value of every action, and takes the action of the highest.
+"""Deep Q-Network: learns the value of every action, and takes the best one.
 
 In each update, on a minibatch of a replay buffer (Algorithm 1 of the paper):
 
-    y        = r + gamma (1 - terminated) max_a' Q'(s', a')     the target of the critic
-    L(Q)     = E[ l(Q(s, a) - y) ]                              the critic goes down L, l the Huber loss
-    Q'       = tau Q + (1 - tau) Q'                             every so many steps, a copy for tau = 1
+    a'       = argmax_a Q(s', a)                                Double DQN; with --no-double argmax_a Q'(s', a)
+    y        = r + gamma (1 - terminated) Q'(s', a')            the target of the critic
+    L(Q)     = E[ l(Q(s, a) - y) ]                              the critic goes down L
+    Q'       = tau Q + (1 - tau) Q'                             a copy for tau = 1; only every so many steps
 
-E is the mean over transitions (s, a, r, s') from the buffer, Q(s, a) the critic: the value of action a in state s. The
-networks with a dash are the target networks. No gradient goes through y, and each loss moves its own networks only.
+E is the mean over transitions (s, a, r, s') from the buffer: state, action, reward, next state. Q(s, a), the critic, is
+the value of action a in state s. A prime marks what comes next (s', a'), and on a network (Q') its target network.
+No gradient goes through y, and each loss moves its own networks only.
 
-The buffer gives minibatches of unlike transitions, and a Q' that stands still gives a target that does not flee.
+The buffer makes minibatches of transitions that are nearly independent, and a Q' that stands still for a while keeps y
+from moving with every update. l(x) is x^2 / 2 up to |x| = delta, linear beyond (Huber; the paper's delta is 1).
 
---double   y = r + gamma (1 - terminated) Q'(s', argmax_a' Q(s', a')), the default: the maximum of noisy values is too
-           high, so one network chooses the action and the other says what it is worth
+--double   (the default) the maximum of noisy values is too high, so one network chooses a', the other rates it
 --dueling  Q(s, a) = V(s) + A(s, a) - mean_a' A(s, a'): every transition teaches V, whatever its action
 
-The a in Q(s, a) may come from any policy, so the buffer may hold old transitions.
+What was done in s' does not matter, y has the present policy's action there: the buffer may hold old transitions.
 To explore, an action is a random one with the probability epsilon, which falls linearly to its final value.
 
-After termination there is no further reward. A time limit (truncation) only cuts the episode short: Q of the last state
-stands for what would have followed.
+After termination there is no further reward. A time limit (truncation) only cuts the episode short: y counts on what
+would have followed s'.
 
 Mnih et al. 2015, "Human-level control through deep reinforcement learning", Nature 518. Double: van Hasselt, Guez and
 Silver 2016, arXiv 1509.06461. Dueling: Wang et al. 2016, arXiv 1511.06581.
@@ -100,7 +102,7 @@ class Args:
     end_e: float = 0.2  # epsilon in the end
     exploration_fraction: float = 0.16  # share of total_timesteps in which epsilon falls
     eval_epsilon: float = 0.0  # epsilon in evaluations
-    huber_delta: float = 100.0  # error beyond which the Huber loss is linear; inf for half the squared error
+    huber_delta: float = 100.0  # where l turns linear; the rare, large errors teach what ends an episode: cut none
     double: bool = True  # the network chooses the action of the target, the target network rates it
     dueling: bool = False  # separate value of the state and advantages of the actions
 
@@ -121,9 +123,7 @@ class QNetwork(nn.Module):
         """Q (B, actions) for obs (B, obs_dim)."""
         hidden = self.hidden(obs)
         q = self.advantage(hidden)
-        if self.value is not None:
-            q = self.value(hidden) + q - q.mean(-1, keepdim=True)
-        return q
+        return q if self.value is None else self.value(hidden) + q - q.mean(-1, keepdim=True)
 
 
 class Agent(nn.Module):
@@ -145,8 +145,8 @@ class Agent(nn.Module):
         """Actions (N,) for obs (N, obs_dim): those of the highest Q, with the probability epsilon random ones."""
         action = self.critic(as_floats(torch.from_numpy(obs)).to(self.device)).argmax(-1).cpu().numpy()
         epsilon = self.epsilon if explore else self.eval_epsilon
-        strays = epsilon > 0 and np.random.rand(len(obs)) < epsilon
-        if np.any(strays):
+        strays = np.random.rand(len(obs)) < epsilon
+        if strays.any():
             action = np.where(strays, self.random_action(len(obs)), action)
         return action
 
@@ -191,7 +191,7 @@ class ReplayBuffer:
         megabytes = self.size * sum(math.prod(shape) * dtype.itemsize for shape, dtype in kinds) / 1e6
         self.about = f"replay buffer: {self.size:,} transitions, {megabytes:,.1f} MB on {device}"
         free = free_memory(device)
-        require(megabytes * 1e6 < free, f"{self.about}, where {free / 1e6:,.0f} MB are free; lower --buffer-size")
+        require(megabytes * 1e6 < free, f"{self.about}, which has {free / 1e6:,.0f} MB; lower --buffer-size")
         self.rows = Transitions(*(torch.empty(self.size, *shape, dtype=dtype, device=device) for shape, dtype in kinds))
 
     def add(self, *transitions: np.ndarray) -> None:
@@ -227,7 +227,7 @@ class ReplayBuffer:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes of memory that are free on a GPU, or that the machine has."""
+    """Bytes that are free on a GPU, or that the machine has."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
@@ -304,13 +304,14 @@ def train(args: Args) -> Path:
         require(0 <= getattr(args, name) <= 1, f"--{name.replace('_', '-')} must lie between 0 and 1")
     envs = make_envs(args, args.num_envs)
     space = envs.single_action_space
-    taken = isinstance(space, gym.spaces.Discrete)
-    require(taken, f"{args.env_id}: actions must be Discrete, these are {space}; try ddpg.py, td3.py, sac.py or ppo.py")
+    fits = isinstance(space, gym.spaces.Discrete)
+    require(fits, f"{args.env_id}: actions must be Discrete, these are {space}; try ddpg.py, td3.py, sac.py or ppo.py")
 
     torch.manual_seed(args.seed)
     agent = Agent(envs, args, device)
     critic_optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.learning_rate, fused=True)
-    buffer = ReplayBuffer(envs, min(args.buffer_size, args.total_timesteps), device)
+    transitions = math.ceil(args.total_timesteps / args.num_envs) * args.num_envs  # of the whole training
+    buffer = ReplayBuffer(envs, min(args.buffer_size, transitions), device)
     gradients = accelerated(critic_gradients, args, device)
     states = dict(agent=agent, critic_optimizer=critic_optimizer, buffer=buffer)
     with closing(envs), Run(args, saved, **states) as run:
@@ -330,13 +331,13 @@ def train(args: Args) -> Path:
             buffer.add(obs, action, reward, true_next_obs(next_obs, terminated | truncated, infos), terminated)
             run.count_episodes(infos)
             obs = next_obs
-            step += args.num_envs
+            before, step = step, step + args.num_envs
 
             # Learn from what is remembered.
-            for _ in range(updates_by(step - args.num_envs, args), updates_by(step, args)):
+            for _ in range(updates_by(before, args), updates_by(step, args)):
                 batch = buffer.sample(args.batch_size)
                 row |= dqn_update(agent, critic_optimizer, batch, args, gradients)
-            if step // args.target_network_frequency > (step - args.num_envs) // args.target_network_frequency:
+            for _ in range(before // args.target_network_frequency, step // args.target_network_frequency):
                 polyak(agent.target_critic, agent.critic, args.tau)
             if run.advance(step, row | {"charts/learning_rate": critic_optimizer.param_groups[0]["lr"]}):
                 obs, row = reset(envs, args.seed, step), {}
@@ -457,6 +458,8 @@ def reset(envs: gym.vector.VectorEnv, seed: int, step: int) -> np.ndarray:
 def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[str, float]:
     """Plays one episode in each of `eval_episodes` fresh environments without exploration, 100,000 steps at most."""
     returns, alive = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)
+    numpy_state = np.random.get_state()  # an agent that draws from it even here must not change the training
+    np.random.seed(seed_for(args.seed, 0, 1))
     with closing(make_envs(args, args.eval_episodes, video)) as envs:
         obs, _ = envs.reset(seed=seed_for(args.seed, 0, 1))  # three numbers: no seed of the training
         for _ in range(100_000):
@@ -465,6 +468,7 @@ def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[st
             alive &= ~(terminated | truncated)
             if not alive.any():
                 break
+    np.random.set_state(numpy_state)
     mean, std = returns.mean().item(), returns.std().item()
     return {"eval/episodic_return": mean, "eval/episodic_return_std": std, "eval/episodes": args.eval_episodes}
 

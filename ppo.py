@@ -365,8 +365,8 @@ def train(args: Args) -> Path:
     require(batch_size % args.num_minibatches == 0, f"--num-minibatches must divide {batch_size} steps")
     require(batch_size > args.num_minibatches, "--num-minibatches must leave at least 2 steps to a minibatch")
     envs = make_envs(args, args.num_envs)
-    taken = isinstance(envs.single_action_space, (gym.spaces.Discrete, gym.spaces.Box))
-    require(taken, f"{args.env_id}: actions must be Discrete or a Box, these are {envs.single_action_space}")
+    fits = isinstance(envs.single_action_space, (gym.spaces.Discrete, gym.spaces.Box))
+    require(fits, f"{args.env_id}: actions must be Discrete or a Box, these are {envs.single_action_space}")
 
     torch.manual_seed(args.seed)
     agent = Agent(envs, args, device)
@@ -518,6 +518,8 @@ def reset(envs: gym.vector.VectorEnv, seed: int, step: int) -> np.ndarray:
 def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[str, float]:
     """Plays one episode in each of `eval_episodes` fresh environments without exploration, 100,000 steps at most."""
     returns, alive = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)
+    numpy_state = np.random.get_state()  # an agent that draws from it even here must not change the training
+    np.random.seed(seed_for(args.seed, 0, 1))
     with closing(make_envs(args, args.eval_episodes, video)) as envs:
         obs, _ = envs.reset(seed=seed_for(args.seed, 0, 1))  # three numbers: no seed of the training
         for _ in range(100_000):
@@ -526,6 +528,7 @@ def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[st
             alive &= ~(terminated | truncated)
             if not alive.any():
                 break
+    np.random.set_state(numpy_state)
     mean, std = returns.mean().item(), returns.std().item()
     return {"eval/episodic_return": mean, "eval/episodic_return_std": std, "eval/episodes": args.eval_episodes}
 

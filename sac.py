@@ -10,24 +10,25 @@ In each update, on a minibatch of a replay buffer (Algorithm 1 of the paper):
     y        = r + gamma (1 - terminated) (min_i Qi'(s', a') - alpha log pi(a'|s'))
     L(Q)     = E[ (Q1(s, a) - y)^2 + (Q2(s, a) - y)^2 ]         the critics go down L
     J(pi)    = E[ min_i Qi(s, a) - alpha log pi(a|s) ]          the actor goes up J, a drawn from pi as a' above
-    L(alpha) = E[ -alpha (log pi(a|s) + H) ]                    alpha goes down L: the entropy to H = -dim(a)
+    L(alpha) = E[ -alpha (log pi(a|s) + H) ]                    alpha goes down L: the entropy nears H = -dim(a)
     Q'       = tau Q + (1 - tau) Q'                             the target networks follow slowly
 
-E is the mean over transitions (s, a, r, s') from the buffer, Q(s, a) the critic: the value of action a in state s. The
-networks with a dash are the target networks. No gradient goes through y, and each loss moves its own networks only.
+E is the mean over transitions (s, a, r, s') from the buffer: state, action, reward, next state. Q(s, a), the critic, is
+the value of action a in state s. A prime marks what comes next (s', a'), and on a network (Q') its target network.
+No gradient goes through y, and each loss moves its own networks only.
 
-An actor that climbs Q finds the errors of Q that look like good actions, and the target spreads them. Two critics
-seldom err alike: the lower one does not promise what the other doubts (clipped double Q-learning).
+An actor that climbs Q finds the errors of Q that look like good actions, and the target spreads them. Two critics,
+begun apart, err apart: the lower one does not promise what the other doubts (clipped double Q-learning).
 
 The aim is the return plus, at each step, alpha times the entropy E[ -log pi(a|s) ]: the policy explores by itself and
-gives up no action that is equally good. Q counts these bonuses too. log pi(a|s) is the log density of the Gaussian at u
-less the log of da/du = 1 - tanh(u)^2 for each dimension. J has a gradient because a is a function of m, sigma and a
-noise that depends on neither (the reparameterization trick).
+gives up no action that is equally good. Q counts the bonuses of later steps. log pi(a|s) is the log density of the
+Gaussian at u less the log of da/du = 1 - tanh(u)^2 for each dimension. J has a gradient because a is a function of m,
+sigma and a noise that depends on neither (the reparameterization trick).
 
-The a in Q(s, a) may come from any policy, so the buffer may hold old transitions.
+What was done in s' does not matter, y has the present policy's action there: the buffer may hold old transitions.
 
-After termination there is no further reward. A time limit (truncation) only cuts the episode short: Q of the last state
-stands for what would have followed.
+After termination there is no further reward. A time limit (truncation) only cuts the episode short: y counts on what
+would have followed s'.
 Actions are in units where the bounds of each dimension are -1 and 1.
 
 Haarnoja et al. 2018, "Soft actor-critic algorithms and applications", arXiv 1812.05905.
@@ -200,7 +201,7 @@ class ReplayBuffer:
         megabytes = self.size * sum(math.prod(shape) * dtype.itemsize for shape, dtype in kinds) / 1e6
         self.about = f"replay buffer: {self.size:,} transitions, {megabytes:,.1f} MB on {device}"
         free = free_memory(device)
-        require(megabytes * 1e6 < free, f"{self.about}, where {free / 1e6:,.0f} MB are free; lower --buffer-size")
+        require(megabytes * 1e6 < free, f"{self.about}, which has {free / 1e6:,.0f} MB; lower --buffer-size")
         self.rows = Transitions(*(torch.empty(self.size, *shape, dtype=dtype, device=device) for shape, dtype in kinds))
 
     def add(self, *transitions: np.ndarray) -> None:
@@ -236,7 +237,7 @@ class ReplayBuffer:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes of memory that are free on a GPU, or that the machine has."""
+    """Bytes that are free on a GPU, or that the machine has."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
@@ -349,15 +350,16 @@ def train(args: Args) -> Path:
     require(args.tau <= 1, "--tau must not be above 1")
     envs = make_envs(args, args.num_envs)
     space = envs.single_action_space
-    taken = isinstance(space, gym.spaces.Box) and space.is_bounded()
-    require(taken, f"{args.env_id}: actions must be a Box with finite bounds, these are {space}; try dqn.py or ppo.py")
+    fits = isinstance(space, gym.spaces.Box) and space.is_bounded()
+    require(fits, f"{args.env_id}: actions must be a Box with finite bounds, these are {space}; try dqn.py or ppo.py")
 
     torch.manual_seed(args.seed)
     agent = Agent(envs, args, device)
     critic_optimizer = torch.optim.Adam(agent.critics.parameters(), lr=args.q_lr, fused=True)
     groups = {"params": agent.actor.parameters()}, {"params": [agent.log_alpha], "lr": args.q_lr}
     actor_optimizer = torch.optim.Adam(groups, lr=args.learning_rate, fused=True)
-    buffer = ReplayBuffer(envs, min(args.buffer_size, args.total_timesteps), device)
+    transitions = math.ceil(args.total_timesteps / args.num_envs) * args.num_envs  # of the whole training
+    buffer = ReplayBuffer(envs, min(args.buffer_size, transitions), device)
     gradients = [accelerated(f, args, device) for f in (critic_gradients, actor_gradients)]
     states = dict(agent=agent, critic_optimizer=critic_optimizer, actor_optimizer=actor_optimizer, buffer=buffer)
     with closing(envs), Run(args, saved, **states) as run:
@@ -376,10 +378,10 @@ def train(args: Args) -> Path:
             buffer.add(obs, action, reward, true_next_obs(next_obs, terminated | truncated, infos), terminated)
             run.count_episodes(infos)
             obs = next_obs
-            step += args.num_envs
+            before, step = step, step + args.num_envs
 
             # Learn from what is remembered.
-            for _ in range(updates_by(step - args.num_envs, args), updates_by(step, args)):
+            for _ in range(updates_by(before, args), updates_by(step, args)):
                 batch = buffer.sample(args.batch_size)
                 row |= sac_update(agent, critic_optimizer, actor_optimizer, batch, args, gradients)
             if run.advance(step, row):
@@ -501,6 +503,8 @@ def reset(envs: gym.vector.VectorEnv, seed: int, step: int) -> np.ndarray:
 def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[str, float]:
     """Plays one episode in each of `eval_episodes` fresh environments without exploration, 100,000 steps at most."""
     returns, alive = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)
+    numpy_state = np.random.get_state()  # an agent that draws from it even here must not change the training
+    np.random.seed(seed_for(args.seed, 0, 1))
     with closing(make_envs(args, args.eval_episodes, video)) as envs:
         obs, _ = envs.reset(seed=seed_for(args.seed, 0, 1))  # three numbers: no seed of the training
         for _ in range(100_000):
@@ -509,6 +513,7 @@ def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[st
             alive &= ~(terminated | truncated)
             if not alive.any():
                 break
+    np.random.set_state(numpy_state)
     mean, std = returns.mean().item(), returns.std().item()
     return {"eval/episodic_return": mean, "eval/episodic_return_std": std, "eval/episodes": args.eval_episodes}
 

@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["torch>=2.13", "gymnasium[classic-control,mujoco]>=1.4", "tyro>=1.0", "wandb", "numpy", "tqdm"]
 # ///
-"""Twin Delayed DDPG: DDPG with three remedies for a critic that promises too much.
+"""Twin Delayed DDPG: DDPG with three remedies for the errors of its critic.
 
 In each update, on a minibatch of a replay buffer (Algorithm 1 of the paper):
 
@@ -12,18 +12,20 @@ In each update, on a minibatch of a replay buffer (Algorithm 1 of the paper):
     J(mu)    = E[ Q1(s, mu(s)) ]                                the actor goes up J, in every d-th update only
     Q'       = tau Q + (1 - tau) Q', and mu' likewise           the target networks follow slowly, when mu moves
 
-E is the mean over transitions (s, a, r, s') from the buffer, Q(s, a) the critic: the value of action a in state s. The
-networks with a dash are the target networks. No gradient goes through y, and each loss moves its own networks only.
+E is the mean over transitions (s, a, r, s') from the buffer: state, action, reward, next state. Q(s, a), the critic, is
+the value of action a in state s. A prime marks what comes next (s', a'), and on a network (Q') its target network.
+No gradient goes through y, and each loss moves its own networks only.
 
-An actor that climbs Q finds the errors of Q that look like good actions, and the target spreads them. Two critics
-seldom err alike: the lower one does not promise what the other doubts (clipped double Q-learning).
-The noise averages Q' over similar actions, so that no narrow peak pays. The delay lets the critics settle first.
+An actor that climbs Q finds the errors of Q that look like good actions, and the target spreads them. Two critics,
+begun apart, err apart: the lower one does not promise what the other doubts (clipped double Q-learning).
+The noise in a' averages Q' over similar actions, so that no narrow peak pays; c is --noise-clip. The delay lets the
+critics settle before the actor follows them; d is --policy-frequency.
 
-The a in Q(s, a) may come from any policy, so the buffer may hold old transitions.
-To explore, Gaussian noise is added to mu(s) (the DDPG paper's is correlated in time, which turned out to be of no use).
+What was done in s' does not matter, y has the present policy's action there: the buffer may hold old transitions.
+To explore, Gaussian noise is added to mu(s) (that of the DDPG paper is correlated in time; TD3's found it no better).
 
-After termination there is no further reward. A time limit (truncation) only cuts the episode short: Q of the last state
-stands for what would have followed.
+After termination there is no further reward. A time limit (truncation) only cuts the episode short: y counts on what
+would have followed s'.
 Actions are in units where the bounds of each dimension are -1 and 1.
 
 Fujimoto, van Hoof and Meger 2018, "Addressing function approximation error in actor-critic methods", arXiv 1802.09477.
@@ -198,7 +200,7 @@ class ReplayBuffer:
         megabytes = self.size * sum(math.prod(shape) * dtype.itemsize for shape, dtype in kinds) / 1e6
         self.about = f"replay buffer: {self.size:,} transitions, {megabytes:,.1f} MB on {device}"
         free = free_memory(device)
-        require(megabytes * 1e6 < free, f"{self.about}, where {free / 1e6:,.0f} MB are free; lower --buffer-size")
+        require(megabytes * 1e6 < free, f"{self.about}, which has {free / 1e6:,.0f} MB; lower --buffer-size")
         self.rows = Transitions(*(torch.empty(self.size, *shape, dtype=dtype, device=device) for shape, dtype in kinds))
 
     def add(self, *transitions: np.ndarray) -> None:
@@ -234,7 +236,7 @@ class ReplayBuffer:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes of memory that are free on a GPU, or that the machine has."""
+    """Bytes that are free on a GPU, or that the machine has."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
@@ -329,14 +331,15 @@ def train(args: Args) -> Path:
     require(args.tau <= 1, "--tau must not be above 1")
     envs = make_envs(args, args.num_envs)
     space = envs.single_action_space
-    taken = isinstance(space, gym.spaces.Box) and space.is_bounded()
-    require(taken, f"{args.env_id}: actions must be a Box with finite bounds, these are {space}; try dqn.py or ppo.py")
+    fits = isinstance(space, gym.spaces.Box) and space.is_bounded()
+    require(fits, f"{args.env_id}: actions must be a Box with finite bounds, these are {space}; try dqn.py or ppo.py")
 
     torch.manual_seed(args.seed)
     agent = Agent(envs, args, device)
     critic_optimizer = torch.optim.Adam(agent.critics.parameters(), lr=args.q_lr, fused=True)
     actor_optimizer = torch.optim.Adam(agent.actor.parameters(), lr=args.learning_rate, fused=True)
-    buffer = ReplayBuffer(envs, min(args.buffer_size, args.total_timesteps), device)
+    transitions = math.ceil(args.total_timesteps / args.num_envs) * args.num_envs  # of the whole training
+    buffer = ReplayBuffer(envs, min(args.buffer_size, transitions), device)
     gradients = [accelerated(f, args, device) for f in (critic_gradients, actor_gradients)]
     states = dict(agent=agent, critic_optimizer=critic_optimizer, actor_optimizer=actor_optimizer, buffer=buffer)
     with closing(envs), Run(args, saved, **states) as run:
@@ -353,10 +356,10 @@ def train(args: Args) -> Path:
             buffer.add(obs, action, reward, true_next_obs(next_obs, terminated | truncated, infos), terminated)
             run.count_episodes(infos)
             obs = next_obs
-            step += args.num_envs
+            before, step = step, step + args.num_envs
 
             # Learn from what is remembered.
-            for update in range(updates_by(step - args.num_envs, args), updates_by(step, args)):
+            for update in range(updates_by(before, args), updates_by(step, args)):
                 batch = buffer.sample(args.batch_size)
                 row |= td3_update(agent, critic_optimizer, actor_optimizer, batch, args, update, gradients)
             if run.advance(step, row):
@@ -478,6 +481,8 @@ def reset(envs: gym.vector.VectorEnv, seed: int, step: int) -> np.ndarray:
 def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[str, float]:
     """Plays one episode in each of `eval_episodes` fresh environments without exploration, 100,000 steps at most."""
     returns, alive = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)
+    numpy_state = np.random.get_state()  # an agent that draws from it even here must not change the training
+    np.random.seed(seed_for(args.seed, 0, 1))
     with closing(make_envs(args, args.eval_episodes, video)) as envs:
         obs, _ = envs.reset(seed=seed_for(args.seed, 0, 1))  # three numbers: no seed of the training
         for _ in range(100_000):
@@ -486,6 +491,7 @@ def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[st
             alive &= ~(terminated | truncated)
             if not alive.any():
                 break
+    np.random.set_state(numpy_state)
     mean, std = returns.mean().item(), returns.std().item()
     return {"eval/episodic_return": mean, "eval/episodic_return_std": std, "eval/episodes": args.eval_episodes}
 

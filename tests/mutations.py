@@ -222,7 +222,7 @@ MUTATIONS = [
         "step += args.num_envs * len(steps)",
         "step += len(steps)",
     ),
-    Mutation("turns of the loop are counted", REPLAY, "step += args.num_envs\n", "step += 1\n"),
+    Mutation("turns of the loop are counted", REPLAY, "step, step + args.num_envs\n", "step, step + 1\n"),
     # ----- returns and advantages
     Mutation(
         "gae: done for terminated",
@@ -483,8 +483,14 @@ MUTATIONS = [
     Mutation(
         "DQN: targets updated at multiples of the frequency only",
         "dqn.py",
-        "if step // args.target_network_frequency > (step - args.num_envs) // args.target_network_frequency:",
+        "for _ in range(before // args.target_network_frequency, step // args.target_network_frequency):",
         "if step % args.target_network_frequency == 0:",
+    ),
+    Mutation(
+        "DQN: targets updated once a turn at most",
+        "dqn.py",
+        "for _ in range(before // args.target_network_frequency, step // args.target_network_frequency):",
+        "if step // args.target_network_frequency > before // args.target_network_frequency:",
     ),
     Mutation(
         "DQN: the network follows its target",
@@ -598,8 +604,8 @@ MUTATIONS = [
     Mutation(
         "TD3: the delay begins anew in each turn",
         "td3.py",
-        "range(updates_by(step - args.num_envs, args), updates_by(step, args))",
-        "range(updates_by(step, args) - updates_by(step - args.num_envs, args))",
+        "range(updates_by(before, args), updates_by(step, args))",
+        "range(updates_by(step, args) - updates_by(before, args))",
     ),
     Mutation("SAC: density without the tanh", "sac.py", "(gaussian - log_slope).sum(-1)", "gaussian.sum(-1)"),
     Mutation("SAC: slope with the wrong sign", "sac.py", "(gaussian - log_slope)", "(gaussian + log_slope)"),
@@ -696,16 +702,16 @@ MUTATIONS = [
     Mutation(
         "updates one turn ahead",
         REPLAY,
-        "range(updates_by(step - args.num_envs, args), updates_by(step, args))",
+        "range(updates_by(before, args), updates_by(step, args))",
         "range(updates_by(step, args), updates_by(step + args.num_envs, args))",
     ),
     Mutation(
         "one batch for all updates of a turn",
         "dqn.py ddpg.py sac.py",
-        "            for _ in range(updates_by(step - args.num_envs, args), updates_by(step, args)):\n"
+        "            for _ in range(updates_by(before, args), updates_by(step, args)):\n"
         "                batch = buffer.sample(args.batch_size)\n",
         "            batch = buffer.sample(args.batch_size)\n"
-        "            for _ in range(updates_by(step - args.num_envs, args), updates_by(step, args)):\n",
+        "            for _ in range(updates_by(before, args), updates_by(step, args)):\n",
     ),
     Mutation(
         "random actions for a turn too long",
@@ -755,7 +761,17 @@ MUTATIONS = [
         "autoreset in the step after", "*", "gym.vector.AutoresetMode.SAME_STEP", "gym.vector.AutoresetMode.NEXT_STEP"
     ),
     Mutation("evaluation explores", "*", "agent.act(obs, explore=False)", "agent.act(obs, explore=True)"),
-    Mutation("evaluation on the seed of the training", "*", "seed_for(args.seed, 0, 1)", "seed_for(args.seed, 0)"),
+    Mutation(
+        "evaluation on the seed of the training", "*", "seed=seed_for(args.seed, 0, 1)", "seed=seed_for(args.seed, 0)"
+    ),
+    Mutation("evaluation takes random numbers of the training", "*", "    np.random.set_state(numpy_state)\n", ""),
+    Mutation("evaluation draws what the training left", "*", "    np.random.seed(seed_for(args.seed, 0, 1))\n", ""),
+    Mutation(
+        "the buffer is as long as the training, not as its turns",
+        REPLAY,
+        "math.ceil(args.total_timesteps / args.num_envs) * args.num_envs",
+        "args.total_timesteps",
+    ),
     Mutation("evaluation without a seed", "*", "envs.reset(seed=seed_for(args.seed, 0, 1))", "envs.reset()"),
     Mutation("evaluation counts later episodes", "*", "returns[alive] += reward[alive]", "returns += reward"),
     Mutation(

@@ -294,18 +294,21 @@ def test_updates_and_their_batches_come_when_they_should(module, num_envs, monke
         assert len(spy.polyak) == len(expected) * (2 if module is ddpg else 1)
 
 
-@pytest.mark.parametrize("num_envs", (1, 2, 5))
+@pytest.mark.parametrize("num_envs", (1, 2, 5, 9))
 def test_the_target_network_of_dqn_has_a_clock_of_its_own(num_envs, monkeypatch, quiet):
     """Steps of the environments count, not updates, nor whether there is one at that step."""
     spy = Spy(dqn, monkeypatch)
     flags = dict(train_frequency=30, target_network_frequency=7, learning_starts=0, total_timesteps=200)
     dqn.train(dqn.Args(num_envs=num_envs, batch_size=8, **flags, **quiet))
-    assert spy.polyak == [-(-step // num_envs) for step in range(7, 201, 7)]
+    end = -(-200 // num_envs) * num_envs
+    assert spy.polyak == [-(-step // num_envs) for step in range(7, end + 1, 7)]
 
 
 @everywhere
 def test_evaluation_leaves_the_agent_and_the_generators_alone(module):
     args = module.Args(env_id="CartPole-v1" if module is dqn else "Pendulum-v1", eval_episodes=3)
+    if module is dqn:
+        args.eval_epsilon = 0.3
     envs = module.make_envs(args, 1)
     agent = module.Agent(envs, args, torch.device("cpu"))
     if hasattr(agent, "obs_statistics"):

@@ -301,7 +301,7 @@ def test_help_explains_every_flag(script, monkeypatch, capsys):
 @pytest.mark.parametrize("script", ("ppo", *REPLAY))
 def test_a_resumed_run_goes_on_with_other_flags(script, here):
     """As many environments and as large a step as the new flags say, whatever the checkpoint was made with."""
-    more = ("--checkpoint-every", "500", "--learning-rate", "1e-3")
+    more = ("--checkpoint-every", "500", "--learning-rate", "1e-3", "--total-timesteps", "1501")
     folder = train(script, *flags(script, *more))
     given = ("--learning-rate", "0.125", "--num-envs", "3", "--total-timesteps", "2400")
     train(script, "--resume", folder, *given, *(("--no-anneal-lr",) if script in ("ppo", "dqn") else ()))
