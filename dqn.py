@@ -209,7 +209,7 @@ class ReplayBuffer:
     def sample(self, batch_size: int) -> Transitions:
         """Transitions drawn uniformly, with replacement."""
         indices = torch.randint(min(self.added, self.size), (batch_size,), device=self.rows.reward.device)
-        batch = Transitions(*(rows[indices] for rows in self.rows))
+        batch = Transitions(*(rows.index_select(0, indices) for rows in self.rows))
         return batch._replace(obs=as_floats(batch.obs), next_obs=as_floats(batch.next_obs))
 
     def state_dict(self) -> dict[str, Tensor | int]:

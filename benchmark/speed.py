@@ -30,6 +30,7 @@ PEER_PPO_CARTPOLE = dict(n_steps=128, batch_size=128, n_epochs=4)
 PPO_CHEETAH = dict(num_envs=1, num_steps=2048, update_epochs=10, num_minibatches=32)
 PLAIN = dict(norm_obs=False, norm_reward=False)  # the peers do not normalise unless told to
 DQN = dict(train_frequency=10, gradient_steps=1, batch_size=128, learning_starts=500, buffer_size=10_000, double=False)
+DQN |= dict(end_e=0.05, exploration_fraction=0.1)  # as the peers explore by default
 PEER_DQN = dict(batch_size=128, train_freq=10, gradient_steps=1, learning_starts=500, buffer_size=10_000)
 
 # name: environment, flags of the script, class of the peers and its arguments, steps of warm-up and of measurement

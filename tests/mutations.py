@@ -34,7 +34,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 FIRST = ("test_algorithms.py", "test_value_algorithms.py", "test_loop.py", "test_against_sb3.py")
 LAST = ("test_learning.py",)
-NEVER = ("test_copies.py",)
+NEVER = ("test_copies.py", "test_benchmark.py")
 ENOUGH = 5  # failed tests, after which a stage ends
 
 

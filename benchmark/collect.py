@@ -1,0 +1,151 @@
+"""Finished runs as two small tables, each with a row a run: results, and curves of the training return.
+
+    python benchmark/collect.py runs/benchmark     # into benchmark/results.csv and benchmark/curves.csv
+
+A row that is in the tables already stays, unless its cell (script, environment, steps, variant) was run again with
+other settings, or its seed again. Runs on the seeds on which settings were chosen are left out.
+"""
+
+import csv
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from experiments import CHOOSE
+
+HERE = Path(__file__).resolve().parent
+CELL = ("script", "env_id", "steps", "variant")
+MADE_WITH = ("settings", "flags", "commit", "versions", "machine")
+RESULT = (*CELL, "seed", "return", "return_std", "episodes", "wall_s", "steps_per_s", *MADE_WITH)
+POINTS = 40
+CURVE = (*CELL, "seed", *map(str, range(1, POINTS + 1)))  # column k: the k-th fortieth of the steps
+
+
+@dataclass
+class Options:
+    runs_dir: tyro.conf.Positional[Path]  # a folder with runs in it, at any depth
+    out: Path = HERE  # where results.csv and curves.csv are
+    tuning: bool = False  # take the seeds on which settings are chosen, and leave out the others
+
+
+def fail(message: str) -> None:
+    """Ends the program with one line on stderr; exit code 2 says that the input was bad."""
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def read_json(path: Path) -> dict:
+    """What a JSON file says; nothing if it isn't there or is torn."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def read_rows(folder: Path) -> list[dict]:
+    """The rows of a run's metrics; a torn last one is left out."""
+    rows, path = [], folder / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def is_finished(args: dict, rows: list[dict]) -> bool:
+    """Whether a run was trained to its end and evaluated there."""
+    last = rows[-1] if rows else {}
+    return "eval/episodic_return" in last and last["global_step"] >= args["total_timesteps"]
+
+
+def summarize(args: dict, rows: list[dict], about: dict) -> dict:
+    """A finished run's row of results, with its `curve` beside; `about` says what it was made with."""
+    trained = [row for row in rows if "charts/SPS" in row]
+    # Time is what the training took, by the rows' own clocks: neither evaluations nor pauses between resumptions.
+    wall, before = 0.0, 0
+    sums = [(0.0, 0)] * POINTS
+    for row in trained:
+        wall += (row["global_step"] - before) / row["charts/SPS"]
+        before = row["global_step"]
+        if ended := row["charts/episodes"]:
+            point = min(math.ceil(POINTS * before / args["total_timesteps"]), POINTS) - 1
+            total, episodes = sums[point]
+            sums[point] = total + ended * row["charts/episodic_return"], episodes + ended
+    last = rows[-1]
+    result = {"script": args["script"], "env_id": args["env_id"], "steps": args["total_timesteps"]}
+    result |= {"variant": about.get("variant", ""), "seed": args["seed"]}
+    result |= {
+        "return": round(last["eval/episodic_return"], 3),
+        "return_std": round(last["eval/episodic_return_std"], 3),
+    }
+    result |= {"episodes": int(last["eval/episodes"]), "wall_s": round(wall, 1)}
+    result |= {"steps_per_s": round(before / wall) if wall else ""}
+    result |= {key: about.get(key, "") for key in MADE_WITH}
+    return result | {"curve": [float(f"{total / episodes:.4g}") if episodes else "" for total, episodes in sums]}
+
+
+def keep_newest(runs: list[dict]) -> list[dict]:
+    """Of the runs, oldest first, those with the settings that their cell had last, and of each seed the last."""
+
+    def key(run: dict, *more: str) -> tuple:
+        return tuple(str(run[name]) for name in (*CELL, *more))
+
+    settings = {key(run): run["settings"] for run in runs}
+    return list({key(run, "seed"): run for run in runs if run["settings"] == settings[key(run)]}.values())
+
+
+def read_folder(runs_dir: Path, tuning: bool = False) -> list[dict]:
+    """The finished runs in a folder, those of run.py and others."""
+    runs = []
+    # Only a finished run has agent.pt; the oldest come first.
+    for path in sorted(runs_dir.rglob("agent.pt"), key=lambda path: path.stat().st_mtime):
+        folder, about = path.parent, read_json(path.parent.parent / "run.json")
+        args = read_json(folder / "args.json")
+        rows = read_rows(folder) if args else []
+        if is_finished(args, rows) and (bool(about) and args["seed"] in CHOOSE) == (bool(about) and tuning):
+            runs.append(summarize(args, rows, about))
+    return keep_newest(runs)
+
+
+def read_tables(folder: Path) -> list[dict]:
+    """The runs in results.csv and curves.csv; none if they aren't there."""
+    tables = []
+    for name in ("results.csv", "curves.csv"):
+        if not (folder / name).exists():
+            return []
+        with (folder / name).open(newline="") as file:
+            tables.append({tuple(row[key] for key in (*CELL, "seed")): row for row in csv.DictReader(file)})
+    results, curves = tables
+    return [row | {"curve": [curves[key][str(k)] for k in range(1, POINTS + 1)]} for key, row in results.items()]
+
+
+def write_tables(folder: Path, runs: list[dict]) -> None:
+    """Writes results.csv and curves.csv, sorted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    runs = sorted(
+        runs, key=lambda run: (run["script"], run["env_id"], int(run["steps"]), run["variant"], int(run["seed"]))
+    )
+    runs = [run | {str(k): x for k, x in enumerate(run["curve"], 1)} for run in runs]
+    for name, fields in (("results.csv", RESULT), ("curves.csv", CURVE)):
+        with (folder / name).open("w", newline="") as file:
+            writer = csv.DictWriter(file, fields, extrasaction="ignore", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(runs)
+
+
+def main(options: Options) -> None:
+    """Adds the finished runs to the tables."""
+    if not options.runs_dir.is_dir():
+        fail(f"there is no folder {options.runs_dir}")
+    runs = read_folder(options.runs_dir, options.tuning)
+    merged = keep_newest(read_tables(options.out) + runs)
+    write_tables(options.out, merged)
+    print(f"{len(runs)} finished runs in {options.runs_dir}, {len(merged)} in {options.out / 'results.csv'}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

@@ -1,0 +1,250 @@
+"""Figures and tables: learning curves, final returns beside published ones, aggregates over environments.
+
+    python benchmark/plot.py                              # of the committed results
+    python benchmark/plot.py --runs-dir runs/benchmark    # of a folder of runs, those of the scripts alone too
+    python benchmark/plot.py --wandb entity/project       # of a project on Weights & Biases
+
+Needs pandas, matplotlib and rliable (benchmark/requirements.txt). Writes curves-SUITE.png and results.md.
+"""
+
+import math
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import collect
+import matplotlib
+import numpy as np
+import pandas as pd
+import tyro
+from collect import fail
+from experiments import CHOOSE, ENVIRONMENTS, SCRIPTS, VALUE_SCRIPTS
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).resolve().parent
+COLORS = dict(zip(SCRIPTS, plt.colormaps["tab10"].colors))
+
+
+@dataclass
+class Options:
+    runs_dir: Path | None = None  # a folder with runs in it, instead of the committed results
+    wandb: str = ""  # entity/project on Weights & Biases, instead of the committed results
+    tables: Path = HERE  # where results.csv and curves.csv are
+    published: Path = HERE / "published.csv"  # what to compare with
+    out: Path = HERE / "figures"  # where the figures and the tables go
+    tuning: bool = False  # of a folder of runs, those with the seeds on which settings are chosen
+    reps: int = 2_000  # bootstrap samples of the aggregates
+
+
+def read_wandb(project: str, api=None) -> list[dict]:
+    """The finished runs of a project on Weights & Biases, as collect.py has them."""
+    import wandb
+
+    runs = []
+    try:
+        for run in (api or wandb.Api()).runs(project, order="+created_at"):
+            script, args = run.name.split("__")[-3], dict(run.config)
+            rows = sorted(run.scan_history(), key=lambda row: row["_step"])
+            rows = [{name: x for name, x in row.items() if x is not None} for row in rows]
+            rows = [row for row in rows if "charts/SPS" in row or "eval/episodic_return" in row]
+            if collect.is_finished(args, rows):
+                variant = "".join((run.group or "").split("__")[3:])
+                runs.append(collect.summarize(args | {"script": script}, rows, {"variant": variant}))
+    except Exception as error:
+        fail(f"--wandb {project}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+    return collect.keep_newest(runs)
+
+
+def load(options: Options) -> pd.DataFrame:
+    """A row a run, with its curve, from wherever the options say."""
+    if options.runs_dir and not options.runs_dir.is_dir():
+        fail(f"there is no folder {options.runs_dir}")
+    if options.wandb:
+        runs, where = read_wandb(options.wandb), options.wandb
+    elif options.runs_dir:
+        runs, where = collect.read_folder(options.runs_dir, options.tuning), options.runs_dir
+    else:
+        runs, where = collect.read_tables(options.tables), options.tables / "results.csv"
+    if not runs:
+        fail(f"no finished runs in {where}")
+    runs = pd.DataFrame(runs).astype({"steps": int, "seed": int, "return": float})
+    return runs.assign(steps_per_s=pd.to_numeric(runs["steps_per_s"])).sort_values("seed")
+
+
+def interval(values: np.ndarray, reps: int = 10_000) -> tuple[np.ndarray, np.ndarray]:
+    """95 % bootstrap interval of the mean over the first axis, that of the seeds."""
+    picks = np.random.default_rng(0).integers(len(values), size=(reps, len(values)))
+    low, high = np.percentile(np.asarray(values)[picks].mean(1), [2.5, 97.5], axis=0)
+    return low, high
+
+
+def suite_of(env_id: str) -> str:
+    return ENVIRONMENTS.get(env_id, ("other", 0.0))[0]
+
+
+def sort_key(row) -> tuple:
+    """The order of the grid: environments, scripts, budgets, variants."""
+    env_id, steps, script, variant = row
+    known, scripts = list(ENVIRONMENTS), list(SCRIPTS)
+    env = known.index(env_id) if env_id in known else len(known)
+    return env, env_id, scripts.index(script) if script in scripts else len(scripts), steps, variant
+
+
+def draw_curves(runs: pd.DataFrame, path: Path) -> None:
+    """Mean training return over the seeds and its interval, a panel an environment."""
+    env_ids = sorted(runs["env_id"].unique(), key=lambda env_id: sort_key((env_id, 0, "", "")))
+    columns = min(3, len(env_ids))
+    rows = math.ceil(len(env_ids) / columns)
+    size = (4.5 * columns, 3.2 * rows + 0.5)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flat[len(env_ids) :]:
+        axis.axis("off")
+    labels = {}
+    for axis, env_id in zip(axes.flat, env_ids):
+        panel = runs[runs["env_id"] == env_id]
+        panel = panel[panel["steps"] == panel.groupby("script")["steps"].transform("max")]
+        cells = dict(list(panel.groupby(["env_id", "steps", "script", "variant"])))
+        for cell in sorted(cells, key=sort_key):
+            _, steps, script, variant = cell
+            curves = pd.DataFrame(cells[cell]["curve"].tolist()).apply(pd.to_numeric)
+            curves = curves.ffill(axis=1).dropna(axis=1)  # where no episode ended, the last return holds
+            step = (curves.columns + 1) * steps / collect.POINTS
+            style = {} if variant else {"color": "black" if panel["variant"].any() else COLORS.get(script)}
+            (line,) = axis.plot(step, curves.mean(), linewidth=1.3, **style)
+            axis.fill_between(step, *interval(curves.to_numpy(), 1000), alpha=0.2, linewidth=0, color=line.get_color())
+            labels.setdefault(f"{script} {variant}".strip(), line)
+        axis.set_title(env_id, fontsize=10)
+        axis.grid(alpha=0.3)
+        if panel["steps"].max() >= 5 * panel["steps"].min():
+            axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+        axis.tick_params(labelsize=8)
+    figure.supxlabel("steps", fontsize=9)
+    figure.supylabel("training return", fontsize=9)
+    figure.legend(labels.values(), labels, loc="outside upper center", ncols=7 if columns > 1 else 3, fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def ranges(seeds: list[int]) -> str:
+    """Seeds in words: 11–15, 18."""
+    parts = []
+    for seed in sorted(seeds):
+        if parts and seed == parts[-1][1] + 1:
+            parts[-1][1] = seed
+        else:
+            parts.append([seed, seed])
+    return ", ".join(str(first) if first == last else f"{first}–{last}" for first, last in parts)
+
+
+def number(x: float) -> str:
+    """About three digits, with a real minus sign."""
+    return f"{x:,.{0 if abs(x) >= 1000 else 1}f}".replace("-", "−")
+
+
+def results_table(results: pd.DataFrame, published: pd.DataFrame) -> str:
+    """Final returns in Markdown, bold where they reach the published ones."""
+    lines = ["| environment | script | steps | return (95 % interval) | seeds | steps/s | published | source |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    cells = dict(list(results.groupby(["env_id", "steps", "script", "variant"])))
+    for cell in sorted(cells, key=sort_key):
+        (env_id, steps, script, variant), runs = cell, cells[cell]
+        mean = runs["return"].mean()
+        low, high = interval(runs["return"].to_numpy())
+        text, theirs, source = number(mean), "", ""
+        if not variant:
+            matching = published.query("env_id == @env_id and steps == @steps and script == @script")
+            for _, row in matching.iterrows():
+                std = "" if math.isnan(row["return_std"]) else f" ± {number(row['return_std'])}"
+                theirs = f"{number(row['return_mean'])}{std}, {row['runs']:.0f} run{'s' if row['runs'] > 1 else ''}"
+                source = row["source"]
+                if row["published_env_id"] != env_id:
+                    source += f" ({row['published_env_id']})"
+                text = f"**{text}**" if mean >= row["return_mean"] else text
+        if len(runs) > 1:
+            text += f" ({number(low)} to {number(high)})"
+        seeds = ranges(runs["seed"].tolist()) + ("*" if set(runs["seed"]) & set(CHOOSE) else "")
+        name = f"{script}: `{variant}`" if variant else script
+        speed = f"{runs['steps_per_s'].median():,.0f}"
+        lines.append(f"| {env_id} | {name} | {steps:,} | {text} | {seeds} | {speed} | {theirs} | {source} |")
+    if any("* |" in line for line in lines):
+        lines += ["", "\\* among these are the seeds on which the settings were chosen."]
+    return "\n".join(lines)
+
+
+def scores_of(runs: pd.DataFrame) -> dict[tuple, dict[str, np.ndarray]]:
+    """Scores (runs, environments) by script, for each group of scripts that can be compared; 0 is a random policy.
+
+    Those are scripts of one side of the family that were run on the same environments of a suite. 1 is the best mean
+    among them. Where a script has several budgets on an environment, the smallest counts.
+    """
+    runs = runs[(runs["variant"] == "") & runs["env_id"].isin(ENVIRONMENTS)]
+    runs = runs[runs["steps"] == runs.groupby(["script", "env_id"])["steps"].transform("min")]
+    groups = {}
+    for (suite, script), part in runs.groupby([runs["env_id"].map(suite_of), "script"]):
+        returns = {e: part[part["env_id"] == e]["return"].to_numpy() for e in ENVIRONMENTS if e in set(part["env_id"])}
+        fewest = min(map(len, returns.values()))
+        side = "value" if script in VALUE_SCRIPTS else "policy gradient"
+        groups.setdefault((suite, side, tuple(returns)), {})[script] = [x[:fewest] for x in returns.values()]
+    for (_, _, env_ids), scripts in groups.items():
+        zero = np.array([ENVIRONMENTS[env_id][1] for env_id in env_ids])
+        span = np.max([[x.mean() for x in returns] for returns in scripts.values()], axis=0) - zero
+        for script in scripts:
+            scripts[script] = (np.stack(scripts[script], axis=1) - zero) / np.where(span > 0, span, 1)
+    return {group: scripts for group, scripts in groups.items() if len(group[2]) > 1}
+
+
+def aggregates(runs: pd.DataFrame, reps: int) -> str:
+    """IQM over several environments and probabilities of improvement, with stratified bootstrap intervals."""
+    from rliable import library, metrics
+
+    def estimate(scores: dict, function) -> dict[str, str]:
+        with warnings.catch_warnings(action="ignore"):  # rliable passes its generator on in a deprecated way
+            state = np.random.RandomState(0)
+            values, bounds = library.get_interval_estimates(scores, function, reps=reps, random_state=state)
+        ranges = {name: np.ravel(bounds[name]) for name in scores}
+        return {
+            name: f"{np.ravel(values[name])[0]:.2f} ({low:.2f} to {high:.2f})" for name, (low, high) in ranges.items()
+        }
+
+    lines = []
+    for (suite, side, env_ids), scores in sorted(scores_of(runs).items()):
+        scores = {script: scores[script] for script in SCRIPTS if script in scores}
+        pairs = {f"{b} > {a}": (scores[b], scores[a]) for i, a in enumerate(scores) for b in list(scores)[i + 1 :]}
+        lines += [
+            f"**{suite}, {side}**: {', '.join(env_ids)}",
+            "",
+            "| script | IQM (95 % interval) | runs |",
+            "|---|---|---|",
+        ]
+        iqm = estimate(scores, lambda x: np.array([metrics.aggregate_iqm(x)]))
+        lines += [f"| {script} | {text} | {len(scores[script])} |" for script, text in iqm.items()] + [""]
+        if pairs:
+            lines += ["| | probability of improvement (95 % interval) |", "|---|---|"]
+            better = estimate(pairs, metrics.probability_of_improvement)
+            lines += [f"| {pair} | {text} |" for pair, text in better.items()] + [""]
+    if lines:
+        lines = ["Scores: 0 is a random policy, 1 the best mean return among the scripts compared.", ""] + lines
+    return "\n".join(lines)
+
+
+def main(options: Options) -> None:
+    """Draws the curves, and writes and prints the tables."""
+    runs = load(options)
+    published = pd.read_csv(options.published)
+    options.out.mkdir(parents=True, exist_ok=True)
+    plain = runs[runs["variant"] == ""]
+    for suite, part in plain.groupby(plain["env_id"].map(suite_of)):
+        draw_curves(part, options.out / f"curves-{suite}.png")
+    if len(plain) < len(runs):  # beside their own plain runs
+        cells = runs[["script", "env_id", "steps"]].apply(tuple, axis=1)
+        draw_curves(runs[cells.isin(cells[runs["variant"] != ""])], options.out / "curves-variants.png")
+    text = results_table(runs, published) + "\n\n" + aggregates(runs, options.reps)
+    (options.out / "results.md").write_text(text.strip() + "\n")
+    print(text.strip())
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

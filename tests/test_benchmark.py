@@ -1,0 +1,417 @@
+"""The benchmark: its grid, its runner, its tables and figures."""
+
+import contextlib
+import dataclasses
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tyro
+from conftest import ROOT, SCRIPTS, environment
+
+BENCHMARK = ROOT / "benchmark"
+EVALUATION = {"eval/episodic_return": 10.0, "eval/episodic_return_std": 2.0, "eval/episodes": 20}
+
+
+@pytest.fixture(autouse=True)
+def on_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARK))
+
+
+def module(name: str):
+    return importlib.import_module(name)
+
+
+def start(*arguments, cwd) -> subprocess.Popen:
+    """benchmark/run.py as a user starts it."""
+    command = [sys.executable, BENCHMARK / "run.py", *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "stdin": subprocess.DEVNULL}
+    return subprocess.Popen(command, cwd=cwd, env=environment(), start_new_session=True, **pipes)
+
+
+def wait_for(condition, seconds: float = 60):
+    """What `condition` returns, once it is true."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.05)
+    return found
+
+
+def job(runs_dir: Path, *flags: str, script: str = "ppo", env_id: str = "CartPole-v1", seed: int = 7):
+    """A job for run.execute."""
+    about = {"env_id": env_id, "seed": seed, "variant": "", "steps": 3000, "settings": "s", "flags": ""}
+    command = ["--env-id", env_id, "--seed", str(seed), "--runs-dir", "job", *flags]
+    return module("run").Job(str(runs_dir / "job"), script, command, environment(), about)
+
+
+SHORT = ("--total-timesteps", "1500", "--eval-episodes", "2")
+
+
+# ----- the grid -------------------------------------------------------------------------------------------------------
+
+
+def test_every_experiment_has_flags_that_its_script_takes():
+    experiments = module("experiments")
+    names = [experiment.name for experiment in experiments.EXPERIMENTS]
+    settings = [module("run").settings_of(e.script, e.command(seed=11)) for e in experiments.EXPERIMENTS]
+    assert len(set(zip(names, settings))) == len(names)
+    for e in experiments.EXPERIMENTS:
+        args = tyro.cli(module(e.script).Args, args=e.command(seed=11))
+        assert (args.env_id, args.seed, args.total_timesteps, args.eval_episodes) == (e.env_id, 11, e.steps, 20)
+        assert e.source and e.env_id in experiments.ENVIRONMENTS and e.script in SCRIPTS
+        assert not set(experiments.seeds_of("report", e)) & set(experiments.CHOOSE)
+        if e.script == "ppo":
+            assert args.num_envs * args.num_steps % args.num_minibatches == 0
+
+
+def test_settings_are_the_same_whatever_does_not_change_the_result():
+    settings_of = module("run").settings_of
+    usual = settings_of("ppo", [])
+    assert settings_of("ppo", ["--seed", "3", "--num-threads", "2", "--track", "--runs-dir", "x"]) == usual
+    assert settings_of("ppo", ["--learning-rate", "1e-3"]) != usual
+    assert settings_of("a2c", []) != usual
+
+
+def test_dry_run_prints_lines_that_the_scripts_take(capsys):
+    run = module("run")
+    run.main(run.Options(suites=("classic",), seeds="11-12", dry_run=True))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 48 and "--seed 11 " in lines[0]
+    for line in lines:
+        python, script, *flags = line.split("   #")[0].split()
+        assert python == "python" and (ROOT / script).exists()
+        tyro.cli(module(script.removesuffix(".py")).Args, args=flags)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    (
+        ({"envs": ("HalfCheetah-v4",)}, "did you mean HalfCheetah-v5?"),
+        ({"suites": ("xyz",)}, "there are classic, box2d, mujoco"),
+        ({"scripts": ("dqn",), "envs": ("Hopper-v5",)}, "nothing in the grid"),
+        ({"seeds": "1-x"}, "report, choose"),
+        ({"scripts": ("ppo",), "envs": ("CartPole-v1",), "ray": "127.0.0.1:9"}, "--ray"),
+    ),
+)
+def test_bad_input_to_run_is_refused_in_one_line(options, message, capsys, monkeypatch, tmp_path):
+    run = module("run")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SystemExit) as end:
+        run.main(run.Options(runs_dir=tmp_path, **options))
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and message in error and error.count("\n") == 1
+
+
+# ----- the runner -----------------------------------------------------------------------------------------------------
+
+
+def test_one_failure_does_not_stop_the_rest_and_what_is_done_is_not_done_again(capsys, monkeypatch, tmp_path):
+    run, experiments = module("run"), module("experiments")
+    good = experiments.Experiment("classic", "ppo", "CartPole-v1", 1000, "", "test", 1)
+    bad = dataclasses.replace(good, env_id="Nowhere-v1")
+    monkeypatch.setattr(run, "EXPERIMENTS", [bad, good])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    options = run.Options(runs_dir=tmp_path / "runs", workers=1, flags="--eval-episodes 2")
+    codes = []
+    for _ in range(2):
+        with pytest.raises(SystemExit) as end:
+            run.main(options)
+        codes.append(end.value.code)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    out = capsys.readouterr().out
+    assert codes == [1, 1]
+    assert out.count("done     ppo CartPole-v1") == 1 and "1 of 2 runs are done" in out
+    (log,) = {line.split("its log: ")[1] for line in out.splitlines() if line.startswith("failed: ppo Nowhere-v1")}
+    assert "Nowhere" in Path(log).read_text()
+    (agent,) = tmp_path.rglob("agent.pt")
+    assert agent.parent.name.startswith("CartPole-v1__ppo__11__")
+    about = json.loads((agent.parent.parent / "run.json").read_text())
+    assert about["variant"] == "--eval-episodes 2" and "torch" in about["versions"] and about["machine"]
+    assert os.uname().nodename not in json.dumps(about) and str(tmp_path) not in json.dumps(about)
+
+
+def test_ctrl_c_stops_with_checkpoints_and_the_same_command_goes_on(tmp_path):
+    flags = "--total-timesteps 40000 --eval-episodes 2 --checkpoint-every 10000"
+    command = ("--scripts", "ppo", "--envs", "CartPole-v1", "--seeds", "3", "--workers", "1", f"--flags={flags}")
+    first = start(*command, cwd=tmp_path)
+    wait_for(lambda: [p for p in tmp_path.rglob("metrics.jsonl") if p.stat().st_size])
+    os.killpg(first.pid, signal.SIGINT)  # as a terminal does, to every process that it started
+    out, err = first.communicate(timeout=30)
+    assert first.returncode == 130 and "1 stopped" in out and "left" not in out and err == ""
+    (checkpoint,) = tmp_path.rglob("checkpoint.pt")
+
+    second = start(*command, cwd=tmp_path)
+    out, err = second.communicate(timeout=60)
+    assert second.returncode == 0 and "1 done" in out and err == ""
+    assert not checkpoint.exists() and (checkpoint.parent / "agent.pt").exists()
+    log = (checkpoint.parent.parent / "log.txt").read_text()
+    assert log.count("from step 0 to") == 1 and log.count(" to 40,000") == 2
+    steps = [json.loads(line)["global_step"] for line in (checkpoint.parent / "metrics.jsonl").open()]
+    assert steps == sorted(steps)
+
+
+def test_a_run_whose_runner_was_killed_is_left_to_end_and_not_done_twice(tmp_path):
+    run = module("run")
+    work = job(tmp_path, "--total-timesteps", "20000", "--eval-episodes", "2")
+    code = f"import run, threading; run.execute(run.Job(*{tuple(work)!r}), threading.Event())"
+    runner = subprocess.Popen([sys.executable, "-c", code], env=environment(PYTHONPATH=str(BENCHMARK)))
+    wait_for(lambda: list(tmp_path.rglob("metrics.jsonl")))
+    runner.kill()
+    runner.wait()
+    at_once = threading.Event()
+    at_once.set()
+    assert run.execute(work, at_once) == "busy"
+
+    def outcome() -> str | None:
+        result = run.execute(work, at_once)
+        return result if result != "busy" else None
+
+    assert wait_for(outcome) == "done" and len(list(tmp_path.rglob("agent.pt"))) == 1
+    assert run.execute(work, threading.Event()) == "done"
+    assert (tmp_path / "job/log.txt").read_text().count("Evaluation at step") == 1
+
+
+def test_a_busy_run_is_tried_again_after_the_others(tmp_path):
+    run = module("run")
+    jobs = [job(tmp_path, seed=seed) for seed in (1, 2, 3)]
+    outcomes, tried = {1: ["done", "busy"], 2: ["failed"], 3: ["done"]}, []
+
+    def submit(job):
+        tried.append(job.about["seed"])
+        future = run.Future()
+        future.set_result(outcomes[job.about["seed"]].pop())
+        return future
+
+    ended = run.fill(jobs, submit, workers=1, stop=threading.Event())
+    assert tried == [1, 2, 3, 1] and [len(ended[name]) for name in ("done", "failed", "stopped", "left")] == [
+        2,
+        1,
+        0,
+        0,
+    ]
+
+
+def test_the_table_shows_what_runs_and_what_is_left(capsys, monkeypatch, tmp_path):
+    run = module("run")
+    monkeypatch.setattr(run.sys.stdout, "isatty", lambda: True, raising=False)
+    running, waiting = job(tmp_path), [job(tmp_path, seed=seed) for seed in (8, 9)]
+    folder = Path(running.folder, "a run")
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text('{"global_step": 1024}\n')
+    table = run.Table()
+    table.draw([running], waiting, {"done": [running], "failed": []})
+    table.draw([], [], {})
+    out = capsys.readouterr().out
+    assert "ppo CartPole-v1 seed 7" in out and "1,024 of 3,000" in out and "1 running, 2 waiting, 1 done; 0 min" in out
+    assert "left: ppo CartPole-v1 ×2" in out and "\x1b[3A" in out
+    for text in ("", '{"global_st'):
+        (folder / "metrics.jsonl").write_text(text)
+        assert run.progress(running) is None
+
+
+def test_track_names_group_and_tags(monkeypatch, tmp_path):
+    run = module("run")
+    options = run.Options(scripts=("ppo",), suites=("ablation",), variants=("one-env",), seeds="1", track=True)
+    (work,) = run.jobs_of(dataclasses.replace(options, runs_dir=tmp_path))
+    assert "--track" in work.command and work.env["WANDB_TAGS"] == "ablation,ppo,HalfCheetah-v5,one-env"
+    assert work.command[work.command.index("--wandb-group") + 1] == "ppo__HalfCheetah-v5__1000000__one-env"
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_that_loses_a_node_does_every_run_once(tmp_path):
+    pytest.importorskip("ray")
+    psutil = pytest.importorskip("psutil")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        node = cluster.add_node(num_cpus=1)
+        flags = "--total-timesteps 60000 --eval-episodes 2 --checkpoint-every 5000"
+        command = ("--scripts", "ppo", "--envs", "CartPole-v1", "--seeds", "1-4", f"--flags={flags}")
+        driver = start(*command, "--ray", cluster.address, cwd=tmp_path)
+        wait_for(lambda: len(list(tmp_path.rglob("checkpoint.pt"))) >= 2, 120)
+
+        # A machine that goes down takes all its processes along, the scripts too.
+        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+        family = [raylet, *raylet.children(recursive=True)]
+        killed = [p.cmdline() for p in family if "ppo.py" in " ".join(p.cmdline())]
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        cluster.remove_node(node, allow_graceful=False)
+        out, err = driver.communicate(timeout=300)
+    finally:
+        cluster.shutdown()
+    assert killed, "a run was under way on the node"
+    assert driver.returncode == 0 and "4 done" in out, err
+    runs = list(tmp_path.rglob("agent.pt"))
+    assert sorted(path.parent.name.split("__")[2] for path in runs) == ["1", "2", "3", "4"]
+    assert len(list(tmp_path.rglob("args.json"))) == 4, "none was begun twice"
+    logs = [path.read_text() for path in tmp_path.rglob("log.txt")]
+    assert all(log.count("from step 0 to") == 1 for log in logs)
+    assert sum(log.count(" to 60,000") for log in logs) == 5, "the one that was killed went on from its checkpoint"
+
+
+# ----- tables and figures ---------------------------------------------------------------------------------------------
+
+
+def make_run(folder: Path, *rows: dict, about: dict | None = None, script: str = "ppo", seed: int = 11, **args) -> Path:
+    """A run's folder as the scripts leave it."""
+    run = folder / f"CartPole-v1__{script}__{seed}__now"
+    run.mkdir(parents=True)
+    args = {"script": script, "env_id": "CartPole-v1", "seed": seed, "total_timesteps": 4000} | args
+    (run / "args.json").write_text(json.dumps(args))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run / "agent.pt").touch()
+    if about is not None:
+        (folder / "run.json").write_text(json.dumps({"variant": "", "settings": "s"} | about))
+    return run
+
+
+def row(step: int, sps: float, episodes: int = 0, mean: float = 0.0) -> dict:
+    result = {"global_step": step, "charts/SPS": sps, "charts/episodes": episodes}
+    return result | ({"charts/episodic_return": mean} if episodes else {})
+
+
+def evaluation(step: int, mean: float = 10.0) -> dict:
+    return {"global_step": step} | EVALUATION | {"eval/episodic_return": mean}
+
+
+def test_a_run_becomes_a_row_and_a_curve(tmp_path):
+    collect = module("collect")
+    rows = (row(50, 100, 1, 4.0), row(100, 50, 3, 8.0), row(2000, 1900), row(4096, 1048), evaluation(4096))
+    make_run(tmp_path, *rows)
+    (run,) = collect.read_folder(tmp_path)
+    assert (run["script"], run["env_id"], run["steps"], run["seed"]) == ("ppo", "CartPole-v1", 4000, 11)
+    assert (run["return"], run["return_std"], run["episodes"]) == (10.0, 2.0, 20)
+    assert run["wall_s"] == pytest.approx(0.5 + 1 + 1 + 2) and run["steps_per_s"] == round(4096 / 4.5)
+    assert run["curve"] == [7.0] + [""] * 39  # (1 × 4 + 3 × 8) / 4
+
+
+def test_only_finished_runs_of_reported_seeds_with_the_newest_settings_count(tmp_path):
+    collect = module("collect")
+    seeds = {"old": (11, "old"), "new": (11, "new"), "again": (11, "new"), "other": (12, "old"), "chosen": (3, "new")}
+    for age, (name, (seed, settings)) in enumerate(seeds.items()):
+        folder = make_run(tmp_path / name, evaluation(4000, mean=age), seed=seed, about={"settings": settings})
+        os.utime(folder / "agent.pt", (1000 + age, 1000 + age))
+    os.utime(tmp_path / "other/CartPole-v1__ppo__12__now/agent.pt", (900, 900))
+    make_run(tmp_path / "short", evaluation(3000), seed=13, about={"settings": "new"})
+    make_run(tmp_path / "torn", row(4000, 1), seed=14, about={"settings": "new"})
+    assert [(run["seed"], run["return"]) for run in collect.read_folder(tmp_path)] == [(11, 2)]
+    assert [run["seed"] for run in collect.read_folder(tmp_path, tuning=True)] == [3]
+    make_run(tmp_path / "by hand", evaluation(4000), seed=2)
+    assert [run["seed"] for run in collect.read_folder(tmp_path / "by hand")] == [2]
+
+
+def test_tables_keep_what_they_have(tmp_path, capsys):
+    collect = module("collect")
+    for seed in (11, 12):
+        make_run(tmp_path / f"a{seed}", row(2000, 10, 1, 5.0), evaluation(4000), seed=seed, about={})
+    collect.main(collect.Options(tmp_path, out=tmp_path / "out"))
+    before = (tmp_path / "out/results.csv").read_text()
+    collect.main(collect.Options(tmp_path / "a11", out=tmp_path / "out"))
+    assert (tmp_path / "out/results.csv").read_text() == before and before.count("\n") == 3
+    assert (tmp_path / "out/curves.csv").read_text().count("5.0") == 2
+    (tmp_path / "b").mkdir()
+    make_run(tmp_path / "b", evaluation(4000, mean=50.0), seed=12, about={"settings": "other"})
+    collect.main(collect.Options(tmp_path / "b", out=tmp_path / "out"))
+    (only,) = collect.read_tables(tmp_path / "out")
+    assert (only["seed"], only["return"]) == ("12", "50.0"), "the whole cell gave way to its new settings"
+    with pytest.raises(SystemExit) as end:
+        collect.main(collect.Options(tmp_path / "nowhere"))
+    assert end.value.code == 2 and "no folder" in capsys.readouterr().err
+
+
+def test_published_rows_belong_to_the_grid():
+    lines = (BENCHMARK / "published.csv").read_text().splitlines()
+    header = lines[0].split(",")
+    assert header[:4] == ["script", "env_id", "steps", "published_env_id"]
+    cells = [tuple(line.split(",")[:3]) for line in lines[1:]]
+    known = {(e.script, e.env_id, str(e.steps)) for e in module("experiments").EXPERIMENTS}
+    assert len(set(cells)) == len(cells) and set(cells) <= known
+
+
+@pytest.fixture
+def plot():
+    for name in ("pandas", "matplotlib"):
+        pytest.importorskip(name)
+    return module("plot")
+
+
+def fake_tables(folder: Path) -> None:
+    """Tables of two scripts on two environments; sac's return is always above td3's."""
+    runs = []
+    for script, mean in (("td3", 3000.0), ("sac", 5000.0)):
+        for env_id in ("HalfCheetah-v5", "Hopper-v5"):
+            for seed in (11, 12, 14):
+                run = {"script": script, "env_id": env_id, "steps": 100_000, "variant": "", "seed": seed}
+                run |= {"return": mean + seed, "steps_per_s": 200, "curve": ["", *range(39)]}
+                runs.append(dict.fromkeys(module("collect").RESULT, "") | run)
+    runs.append(runs[-1] | {"variant": "no-autotune", "seed": 3})
+    module("collect").write_tables(folder, runs)
+
+
+def test_figures_and_tables(plot, tmp_path, capsys):
+    pytest.importorskip("rliable")
+    fake_tables(tmp_path)
+    plot.main(plot.Options(tables=tmp_path, out=tmp_path / "figures", reps=50))
+    text = (tmp_path / "figures/results.md").read_text()
+    assert capsys.readouterr().out.strip() == text.strip()
+    assert (
+        "| HalfCheetah-v5 | td3 | 100,000 | 3,012 (3,011 to 3,014) | 11–12, 14 | 200 | 5,336 ± 376.5, 10 runs |" in text
+    )
+    assert (
+        "| Hopper-v5 | sac | 100,000 | **5,012** (5,011 to 5,014) | 11–12, 14 | 200 | 2,613 ± 990.8, 10 runs |" in text
+    )
+    assert "| Hopper-v5 | sac: `no-autotune` | 100,000 | 5,014 | 3* |" in text and "settings were chosen" in text
+    assert "| sac | 1.00 (1.00 to 1.00) | 3 |" in text and "| sac > td3 | 1.00 (1.00 to 1.00) |" in text
+    for name in ("curves-mujoco.png", "curves-variants.png"):
+        assert (tmp_path / "figures" / name).stat().st_size > 10_000
+
+
+def test_scores_put_a_random_policy_at_0_and_the_best_mean_at_1(plot, tmp_path):
+    fake_tables(tmp_path)
+    (group,) = plot.scores_of(plot.load(plot.Options(tables=tmp_path))).values()
+    zero = module("experiments").ENVIRONMENTS["Hopper-v5"][1]
+    assert group["sac"].mean(0) == pytest.approx([1, 1]) and group["td3"].shape == (3, 2)
+    assert group["td3"][0, 1] == pytest.approx((3011 - zero) / (5000 + 37 / 3 - zero))
+
+
+def test_the_interval_is_that_of_the_mean(plot):
+    numpy = pytest.importorskip("numpy")
+    values = numpy.random.default_rng(1).normal(5, 2, size=(200, 3))
+    low, high = plot.interval(values)
+    error = 1.96 * values.std(0) / 200**0.5
+    assert low == pytest.approx(values.mean(0) - error, abs=0.05)
+    assert high == pytest.approx(values.mean(0) + error, abs=0.05)
+
+
+def test_runs_of_a_wandb_project(plot):
+    rows = [{"_step": 1, **evaluation(4000)}, {"_step": 0, **row(4000, 100, 2, 3.0), "eval/episodes": None}]
+    config = {"env_id": "CartPole-v1", "seed": 11, "total_timesteps": 4000}
+    group = "ppo__CartPole-v1__4000__one-env"
+    runs = [
+        SimpleNamespace(name="CartPole-v1__ppo__11__now", config=config, group=group, scan_history=lambda: rows),
+        SimpleNamespace(name="CartPole-v1__ppo__12__now", config=config, group=None, scan_history=lambda: rows[1:]),
+    ]
+    (run,) = plot.read_wandb("team/project", SimpleNamespace(runs=lambda path, order: runs))
+    assert (run["script"], run["variant"], run["return"], run["wall_s"]) == ("ppo", "one-env", 10.0, 40.0)
+    assert run["curve"][-1] == 3.0
+
+
+@pytest.mark.parametrize("options, message", (({"runs_dir": Path("nowhere")}, "no folder"), ({}, "no finished runs")))
+def test_bad_input_to_plot_is_refused_in_one_line(plot, options, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        plot.main(plot.Options(tables=tmp_path, out=tmp_path, **options))
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and message in error and error.count("\n") == 1
