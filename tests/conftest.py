@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tyro
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of torch, before it is imported: `-n 2` has a process on each core
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("reinforce", "a2c", "ppo", "dqn", "ddpg", "td3", "sac")
 ONLY = {"dqn": "Discrete", "ddpg": "Box", "td3": "Box", "sac": "Box"}  # the actions that a script takes, if not both
