@@ -964,8 +964,8 @@ class Tests:
     """The stages over the scripts as they are: each must pass there, or what it says of a mutation means nothing."""
 
     def __init__(self, root: Path):
-        self.root, self.lock = root, threading.Lock()
-        self.stages = stages(root)
+        self.root, self.stages = root, stages(root)
+        self.locks = [threading.Lock() for _ in self.stages]
 
     @cache
     def unmutated(self, stage: int) -> float:
@@ -998,7 +998,7 @@ class Tests:
             for name, text in texts.items():
                 (Path(folder) / name).write_text(text)
             for stage, files in enumerate(self.stages):
-                with self.lock:
+                with self.locks[stage]:
                     limit = self.unmutated(stage)
                     scripts = frozenset(name.removesuffix(".py") for name in texts)
                     others = self.of_others(stage, scripts)
