@@ -29,6 +29,7 @@ The diff from reinforce.py is bootstrapping: the critic completes a return after
 the end of an episode, and less noise; the price is a bias where V is wrong. ppo.py adds the ratio and its clip.
 """
 
+import atexit
 import importlib.util
 import json
 import math
@@ -51,6 +52,7 @@ from typing import Literal, NamedTuple
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import tyro
 from torch import Tensor
@@ -282,7 +284,7 @@ def gae(rollout: Rollout, value: Tensor, next_value: Tensor, gamma: float, gae_l
 
 def a2c_loss(agent: Agent, args: Args, batch: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """-L(theta), and what the log shows of it, for B steps: tensors (B, ...) in the order of `a2c_update`."""
-    obs, action, advantage, target = batch
+    obs, action, target, advantage = batch
     log_prob, entropy = agent.log_prob(obs, action)
     policy_loss = -(log_prob * advantage).mean()
 
@@ -313,7 +315,7 @@ def a2c_update(agent, optimizer, rollout: Rollout, args: Args, gradients=a2c_gra
         value, next_value = agent.value(rollout.obs), agent.value(rollout.next_obs)
     advantage = gae(rollout, value, next_value, args.gamma, args.gae_lambda)
     target = advantage + value
-    batch = [x.flatten(0, 1) for x in (rollout.obs, rollout.action, advantage, target)]
+    batch = [x.flatten(0, 1) for x in (rollout.obs, rollout.action, target, advantage)]
     optimizer.zero_grad()
     log = gradients(agent, args, batch)
     nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
@@ -334,17 +336,18 @@ def train(args: Args) -> Path:
         require(getattr(args, name) > 0, f"--{name.replace('_', '-')} must be above 0")
     require(0 <= args.gae_lambda <= 1, "--gae-lambda must lie between 0 and 1")
     batch_size = args.num_envs * args.num_steps
-    envs = make_envs(args, args.num_envs)
+    device, rank, processes = join_processes(args, device)
+    envs = make_envs(args, args.num_envs // processes)
     fits = isinstance(envs.single_action_space, (gym.spaces.Discrete, gym.spaces.Box))
     require(fits, f"{args.env_id}: actions must be Discrete or a Box, these are {envs.single_action_space}")
 
     torch.manual_seed(args.seed)
     agent = Agent(envs, args, device)
     optimizer = torch.optim.RMSprop(agent.parameters(), lr=args.learning_rate, alpha=0.99, eps=1e-5)
-    gradients = accelerated(a2c_gradients, args, device)
+    gradients = in_parallel(accelerated(a2c_gradients, args, device), args)
     with closing(envs), Run(args, saved, agent=agent, optimizer=optimizer) as run:
         step = run.step
-        obs = reset(envs, args.seed, step)
+        obs = reset(envs, args.seed, step, rank)
         while step < args.total_timesteps:
             remaining = 1 - step / args.total_timesteps if args.anneal_lr else 1.0
             optimizer.param_groups[0]["lr"] = remaining * args.learning_rate
@@ -352,7 +355,7 @@ def train(args: Args) -> Path:
             # Run the policy as it is for T steps in N environments.
             steps = []
             for _ in range(args.num_steps):
-                action = agent.act(obs, explore=True)
+                action = act_alike(agent, obs, rank, processes)
                 next_obs, reward, terminated, truncated, infos = envs.step(agent.to_env(action))
                 done = terminated | truncated
                 steps.append((obs, action, reward, true_next_obs(next_obs, done, infos), terminated, done))
@@ -361,17 +364,78 @@ def train(args: Args) -> Path:
             step += batch_size
 
             # Learn from them. Their scale includes them: a small bias, which fades as the statistics grow.
-            rollout = stack(steps, device)
+            rollout = gather(stack(steps, device))
             if args.norm_reward:
                 rollout = rollout._replace(reward=agent.reward_scaler(rollout.reward, rollout.done))
             row = a2c_update(agent, optimizer, rollout, args, gradients)
             if args.norm_obs:  # not before the update: it must see the observations as the policy saw them
                 agent.obs_statistics.update(rollout.obs.flatten(0, 1))
             if run.advance(step, row | {"charts/learning_rate": optimizer.param_groups[0]["lr"]}):
-                obs = reset(envs, args.seed, step)
+                obs = reset(envs, args.seed, step, rank)
                 if args.norm_reward:
                     agent.reward_scaler.running_return = 0.0
         return run.finish()
+
+
+# ----- several processes, the same text in reinforce.py, a2c.py and ppo.py: read it for torchrun or never -------------
+
+
+def join_processes(args: Args, device: torch.device) -> tuple[torch.device, int, int]:
+    """The device and the number of this process, and how many torchrun started: 0 of 1 without it.
+
+    All have the same networks and learn from the same rollouts, but each steps only its share of the environments, and
+    has only its share of the work in each gradient. The first one writes the run.
+    """
+    if not dist.is_torchelastic_launched():
+        return device, 0, 1
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group()
+        atexit.register(dist.destroy_process_group)
+    rank, processes = dist.get_rank(), dist.get_world_size()
+    require(args.num_envs % processes == 0, f"--num-envs {args.num_envs} cannot be split over {processes} processes")
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
+    return device, rank, processes
+
+
+def act_alike(agent: Agent, obs: np.ndarray, rank: int, processes: int) -> np.ndarray:
+    """Actions for obs (N, obs_dim) of this process, with the noise that they would get if one process had them all."""
+    if processes == 1:
+        return agent.act(obs, explore=True)
+    return np.split(agent.act(np.tile(obs, (processes, 1)), explore=True), processes)[rank]
+
+
+def gather(rollout: Rollout) -> Rollout:
+    """The rollouts (T, N, ...) of all processes side by side."""
+    if not dist.is_initialized():
+        return rollout
+    parts = [[torch.empty_like(x) for _ in range(dist.get_world_size())] for x in rollout]
+    for x, own in zip(parts, rollout):
+        dist.all_gather(x, own)
+    return Rollout(*(torch.cat(x, dim=1) for x in parts))
+
+
+def in_parallel(gradients, args: Args):
+    """`gradients` by all processes, each of a share of the batch; all get the mean, and so take the same step."""
+    if not dist.is_initialized():
+        return gradients
+    rank, processes = dist.get_rank(), dist.get_world_size()
+    own_args = replace(args, num_envs=args.num_envs // processes)
+
+    def mean_gradients(agent: Agent, args: Args, batch: list[Tensor]) -> dict[str, Tensor]:
+        """The same as `gradients` of the whole batch, but for rounding if the shares are equal."""
+        log = gradients(agent, own_args, [x[rank::processes] for x in batch])
+        mine = [*(p.grad for p in agent.parameters()), *log.values()]
+        mean = torch.cat([x.flatten() for x in mine]) / processes
+        dist.all_reduce(mean)
+        for x, part in zip(mine, mean.split([x.numel() for x in mine])):
+            x.copy_(part.view_as(x))
+        return log
+
+    return mean_gradients
 
 
 # ----- plumbing, the same text in every script: read it once or never -------------------------------------------------
@@ -379,7 +443,8 @@ def train(args: Args) -> Path:
 
 def fail(message: str, code: int = 2) -> None:
     """Ends the program with one line on stderr; exit code 2 says that the input was bad."""
-    print(f"{Path(__file__).name}: error: {' '.join(message.split())}", file=sys.stderr)
+    if first():
+        print(f"{Path(__file__).name}: error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -426,6 +491,20 @@ def accelerated(function, args: Args, device: torch.device):
             products.fp32_precision = "none"
 
     return with_onednn
+
+
+def first() -> bool:
+    """Whether this process is the one that speaks and writes: the first that torchrun started, or alone."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def exchange(x) -> list:
+    """x of each process that torchrun started, or of this one alone."""
+    if not dist.is_initialized():
+        return [x]
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, x)
+    return everyone
 
 
 def make_envs(args: Args, num_envs: int, video: Path | None = None) -> gym.vector.SyncVectorEnv:
@@ -475,14 +554,14 @@ def seed_for(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def reset(envs: gym.vector.VectorEnv, seed: int, step: int) -> np.ndarray:
+def reset(envs: gym.vector.VectorEnv, seed: int, step: int, rank: int = 0) -> np.ndarray:
     """Resets the environments and seeds every generator anew, so that a resumed run sees what the uninterrupted saw."""
     seed = seed_for(seed, step)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
     envs.action_space.seed(seed)
-    return envs.reset(seed=seed)[0]
+    return envs.reset(seed=seed + rank * envs.num_envs)[0]
 
 
 def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[str, float]:
@@ -505,6 +584,8 @@ def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[st
 
 def write_file(path: Path, content: str | dict) -> None:
     """Writes text, or a dict with torch.save, aside and renames it: `path` is never a part of a file."""
+    if not first():
+        return
     part = path.with_name(path.name + ".part")
     try:
         with part.open("wb") as file:
@@ -562,7 +643,7 @@ class Run:
         self.args, self.states, self.step = args, states, saved["step"]
         script, now = Path(__file__).stem, datetime.now().strftime("%Y%m%d-%H%M%S-%f")
         name = re.sub(r"[^\w.-]+", "-", f"{args.env_id}__{script}__{args.seed}__{now}")
-        self.folder = Path(args.resume or Path(args.runs_dir, name))
+        self.folder = Path(args.resume or Path(args.runs_dir, exchange(name)[0]))
         try:
             for name, state in saved["states"].items():
                 made = [dict(group) for group in getattr(states[name], "param_groups", ())]
@@ -571,19 +652,20 @@ class Run:
                     group.update(given)  # the flags of this run, not those of the checkpoint
         except Exception as error:
             fail(f"--resume {self.folder}: the checkpoint does not fit: {error}")
-        self.wandb = self.start_wandb() if args.track else None
+        self.wandb = self.start_wandb() if args.track and first() else None
         flags = {"script": script} | asdict(args) | {"resume": ""}
         try:
-            self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
+            if first():
+                self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
             write_file(self.folder / "args.json", json.dumps(flags, indent=2))
-            self.metrics = (self.folder / "metrics.jsonl").open("ab", buffering=0)
-            if self.step < args.total_timesteps:  # what came after the checkpoint will be done and logged again
+            self.metrics = open(self.folder / "metrics.jsonl" if first() else os.devnull, "ab", buffering=0)
+            if first() and self.step < args.total_timesteps:  # what came after the checkpoint will be done again
                 self.metrics.truncate(min(self.metrics.tell(), saved.get("metrics_bytes", 0)))
         except OSError as error:
             fail(f"the run's folder cannot be written: {error}")
         start, end = min(self.step, args.total_timesteps), args.total_timesteps
         print(f"{self.folder}: {script} on {args.env_id}, from step {start:,} to {end:,}", flush=True)
-        self.bar = tqdm(total=end, initial=start, unit=" steps", unit_scale=True, disable=None)
+        self.bar = tqdm(total=end, initial=start, unit=" steps", unit_scale=True, disable=None if first() else True)
         self.returns, self.lengths = [], []
         self.row_step, self.row_time = self.step, time.perf_counter()
 
@@ -655,7 +737,8 @@ class Run:
 
         True if there was a checkpoint: then the environments must be `reset`, as they are when a run goes on from it.
         """
-        args, stopping, finished = self.args, self.signal is not None, step >= self.args.total_timesteps
+        args, finished = self.args, step >= self.args.total_timesteps
+        stopping = any(exchange(self.signal is not None))
         log, evaluation, checkpoint = (
             every > 0 and (finished or step // every > self.step // every)
             for every in (args.log_every, args.eval_every, args.checkpoint_every)
@@ -668,11 +751,12 @@ class Run:
         self.check_finite(row, states)
         if log or checkpoint:
             row = {name: float(x) for name, x in row.items()}
-            row |= {"global_step": step, "charts/episodes": len(self.returns)}
+            returns, lengths = (sum(exchange(x), []) for x in (self.returns, self.lengths))
+            row |= {"global_step": step, "charts/episodes": len(returns)}
             row["charts/SPS"] = (step - self.row_step) / (time.perf_counter() - self.row_time)
-            if self.returns:
-                row["charts/episodic_return"] = sum(self.returns) / len(self.returns)
-                row["charts/episodic_length"] = sum(self.lengths) / len(self.lengths)
+            if returns:
+                row["charts/episodic_return"] = sum(returns) / len(returns)
+                row["charts/episodic_length"] = sum(lengths) / len(lengths)
                 self.bar.set_postfix_str(f"return {row['charts/episodic_return']:.1f}")
             self.log(row)
             self.returns, self.lengths = [], []
@@ -683,7 +767,7 @@ class Run:
             write_file(self.folder / "checkpoint.pt", saved)
         if stopping and not finished:
             print(f"Stopped at step {step:,}; {self.rescue()}")
-            raise SystemExit(128 + self.signal)
+            raise SystemExit(128 + (self.signal or signal.SIGTERM))
         if log or checkpoint or evaluation:
             self.row_step, self.row_time = step, time.perf_counter()
         return checkpoint
@@ -699,7 +783,7 @@ class Run:
 
     def evaluate(self) -> None:
         """Logs an evaluation of the agent as it is now, with --capture-video a film too."""
-        if self.args.eval_episodes == 0:
+        if self.args.eval_episodes == 0 or not first():
             return
         video = self.folder / "videos" / f"step-{self.step}" if self.args.capture_video else None
         row = {"global_step": self.step} | evaluate(self.states["agent"], self.args, video)

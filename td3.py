@@ -60,6 +60,7 @@ from typing import Literal, NamedTuple
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import tyro
 from torch import Tensor
@@ -324,6 +325,7 @@ def train(args: Args) -> Path:
     """Trains an agent with TD3 (Algorithm 1 of the paper); returns the run's folder."""
     args, saved = load_run(args)
     device = check_flags(args)
+    require(not dist.is_torchelastic_launched(), "torchrun is for reinforce.py, a2c.py and ppo.py")
     for name in ("buffer_size", "train_frequency", "gradient_steps", "batch_size", "tau", "q_lr", "policy_frequency"):
         require(0 < getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be above 0")
     for name in ("learning_starts", "exploration_noise", "policy_noise", "noise_clip"):
@@ -372,7 +374,8 @@ def train(args: Args) -> Path:
 
 def fail(message: str, code: int = 2) -> None:
     """Ends the program with one line on stderr; exit code 2 says that the input was bad."""
-    print(f"{Path(__file__).name}: error: {' '.join(message.split())}", file=sys.stderr)
+    if first():
+        print(f"{Path(__file__).name}: error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -419,6 +422,20 @@ def accelerated(function, args: Args, device: torch.device):
             products.fp32_precision = "none"
 
     return with_onednn
+
+
+def first() -> bool:
+    """Whether this process is the one that speaks and writes: the first that torchrun started, or alone."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def exchange(x) -> list:
+    """x of each process that torchrun started, or of this one alone."""
+    if not dist.is_initialized():
+        return [x]
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, x)
+    return everyone
 
 
 def make_envs(args: Args, num_envs: int, video: Path | None = None) -> gym.vector.SyncVectorEnv:
@@ -468,14 +485,14 @@ def seed_for(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def reset(envs: gym.vector.VectorEnv, seed: int, step: int) -> np.ndarray:
+def reset(envs: gym.vector.VectorEnv, seed: int, step: int, rank: int = 0) -> np.ndarray:
     """Resets the environments and seeds every generator anew, so that a resumed run sees what the uninterrupted saw."""
     seed = seed_for(seed, step)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
     envs.action_space.seed(seed)
-    return envs.reset(seed=seed)[0]
+    return envs.reset(seed=seed + rank * envs.num_envs)[0]
 
 
 def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[str, float]:
@@ -498,6 +515,8 @@ def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[st
 
 def write_file(path: Path, content: str | dict) -> None:
     """Writes text, or a dict with torch.save, aside and renames it: `path` is never a part of a file."""
+    if not first():
+        return
     part = path.with_name(path.name + ".part")
     try:
         with part.open("wb") as file:
@@ -555,7 +574,7 @@ class Run:
         self.args, self.states, self.step = args, states, saved["step"]
         script, now = Path(__file__).stem, datetime.now().strftime("%Y%m%d-%H%M%S-%f")
         name = re.sub(r"[^\w.-]+", "-", f"{args.env_id}__{script}__{args.seed}__{now}")
-        self.folder = Path(args.resume or Path(args.runs_dir, name))
+        self.folder = Path(args.resume or Path(args.runs_dir, exchange(name)[0]))
         try:
             for name, state in saved["states"].items():
                 made = [dict(group) for group in getattr(states[name], "param_groups", ())]
@@ -564,19 +583,20 @@ class Run:
                     group.update(given)  # the flags of this run, not those of the checkpoint
         except Exception as error:
             fail(f"--resume {self.folder}: the checkpoint does not fit: {error}")
-        self.wandb = self.start_wandb() if args.track else None
+        self.wandb = self.start_wandb() if args.track and first() else None
         flags = {"script": script} | asdict(args) | {"resume": ""}
         try:
-            self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
+            if first():
+                self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
             write_file(self.folder / "args.json", json.dumps(flags, indent=2))
-            self.metrics = (self.folder / "metrics.jsonl").open("ab", buffering=0)
-            if self.step < args.total_timesteps:  # what came after the checkpoint will be done and logged again
+            self.metrics = open(self.folder / "metrics.jsonl" if first() else os.devnull, "ab", buffering=0)
+            if first() and self.step < args.total_timesteps:  # what came after the checkpoint will be done again
                 self.metrics.truncate(min(self.metrics.tell(), saved.get("metrics_bytes", 0)))
         except OSError as error:
             fail(f"the run's folder cannot be written: {error}")
         start, end = min(self.step, args.total_timesteps), args.total_timesteps
         print(f"{self.folder}: {script} on {args.env_id}, from step {start:,} to {end:,}", flush=True)
-        self.bar = tqdm(total=end, initial=start, unit=" steps", unit_scale=True, disable=None)
+        self.bar = tqdm(total=end, initial=start, unit=" steps", unit_scale=True, disable=None if first() else True)
         self.returns, self.lengths = [], []
         self.row_step, self.row_time = self.step, time.perf_counter()
 
@@ -648,7 +668,8 @@ class Run:
 
         True if there was a checkpoint: then the environments must be `reset`, as they are when a run goes on from it.
         """
-        args, stopping, finished = self.args, self.signal is not None, step >= self.args.total_timesteps
+        args, finished = self.args, step >= self.args.total_timesteps
+        stopping = any(exchange(self.signal is not None))
         log, evaluation, checkpoint = (
             every > 0 and (finished or step // every > self.step // every)
             for every in (args.log_every, args.eval_every, args.checkpoint_every)
@@ -661,11 +682,12 @@ class Run:
         self.check_finite(row, states)
         if log or checkpoint:
             row = {name: float(x) for name, x in row.items()}
-            row |= {"global_step": step, "charts/episodes": len(self.returns)}
+            returns, lengths = (sum(exchange(x), []) for x in (self.returns, self.lengths))
+            row |= {"global_step": step, "charts/episodes": len(returns)}
             row["charts/SPS"] = (step - self.row_step) / (time.perf_counter() - self.row_time)
-            if self.returns:
-                row["charts/episodic_return"] = sum(self.returns) / len(self.returns)
-                row["charts/episodic_length"] = sum(self.lengths) / len(self.lengths)
+            if returns:
+                row["charts/episodic_return"] = sum(returns) / len(returns)
+                row["charts/episodic_length"] = sum(lengths) / len(lengths)
                 self.bar.set_postfix_str(f"return {row['charts/episodic_return']:.1f}")
             self.log(row)
             self.returns, self.lengths = [], []
@@ -676,7 +698,7 @@ class Run:
             write_file(self.folder / "checkpoint.pt", saved)
         if stopping and not finished:
             print(f"Stopped at step {step:,}; {self.rescue()}")
-            raise SystemExit(128 + self.signal)
+            raise SystemExit(128 + (self.signal or signal.SIGTERM))
         if log or checkpoint or evaluation:
             self.row_step, self.row_time = step, time.perf_counter()
         return checkpoint
@@ -692,7 +714,7 @@ class Run:
 
     def evaluate(self) -> None:
         """Logs an evaluation of the agent as it is now, with --capture-video a film too."""
-        if self.args.eval_episodes == 0:
+        if self.args.eval_episodes == 0 or not first():
             return
         video = self.folder / "videos" / f"step-{self.step}" if self.args.capture_video else None
         row = {"global_step": self.step} | evaluate(self.states["agent"], self.args, video)

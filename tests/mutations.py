@@ -293,7 +293,9 @@ MUTATIONS = [
         "        with torch.no_grad():\n            value, next_value",
         "        value, next_value",
     ),
-    Mutation("a batch ends with its first episode", "reinforce.py", "while waiting.any()", "while waiting.all()"),
+    Mutation(
+        "a batch ends with its first episode", "reinforce.py", "exchange(waiting.any())", "exchange(waiting.all())"
+    ),
     Mutation(
         "episodes of those who wait are counted",
         "reinforce.py",
@@ -309,7 +311,7 @@ MUTATIONS = [
     Mutation(
         "no seeds at the reset after a checkpoint",
         "reinforce.py",
-        "reset(envs, args.seed, step) if checkpointed else envs.reset()[0]",
+        "reset(envs, args.seed, step, rank) if checkpointed else envs.reset()[0]",
         "envs.reset()[0]",
     ),
     # ----- A2C and PPO
@@ -346,8 +348,10 @@ MUTATIONS = [
         "old_value + (value - old_value).clamp(-args.clip_coef, args.clip_coef)",
         "value.clamp(-args.clip_coef, args.clip_coef)",
     ),
-    Mutation("PPO: advantages by their variance", "ppo.py", "(advantage.std() + 1e-8)", "(advantage.var() + 1e-8)"),
-    Mutation("PPO: advantages not centred", "ppo.py", "(advantage - advantage.mean()) /", "advantage /"),
+    Mutation(
+        "PPO: advantages by their variance", "ppo.py", "(minibatch[-1].std() + 1e-8)", "(minibatch[-1].var() + 1e-8)"
+    ),
+    Mutation("PPO: advantages not centred", "ppo.py", "(minibatch[-1] - minibatch[-1].mean()) /", "minibatch[-1] /"),
     Mutation("PPO: approx_kl with a wrong sign", "ppo.py", "(ratio - 1 - log_ratio)", "(ratio - 1 + log_ratio)"),
     Mutation(
         "PPO: one order for all epochs",
@@ -754,7 +758,12 @@ MUTATIONS = [
     # ----- plumbing
     Mutation("no seed for torch at a reset", "*", "    torch.manual_seed(seed)\n", ""),
     Mutation("no seed for numpy at a reset", "*", "    np.random.seed(seed)\n", ""),
-    Mutation("no seed for the environments", "*", "return envs.reset(seed=seed)[0]", "return envs.reset()[0]"),
+    Mutation(
+        "no seed for the environments",
+        "*",
+        "return envs.reset(seed=seed + rank * envs.num_envs)[0]",
+        "return envs.reset()[0]",
+    ),
     Mutation("seed and step added up", "*", "seed = seed_for(seed, step)", "seed = seed + step"),
     Mutation("the first weights have no seed", "*", "    torch.manual_seed(args.seed)\n", ""),
     Mutation(
@@ -820,7 +829,7 @@ MUTATIONS = [
     Mutation(
         "no reset after a checkpoint",
         "a2c.py ppo.py",
-        "                obs = reset(envs, args.seed, step)\n                if args",
+        "                obs = reset(envs, args.seed, step, rank)\n                if args",
         "                if args",
     ),
     Mutation("no reset after a checkpoint (replay)", REPLAY, "obs, row = reset(envs, args.seed, step), {}", "row = {}"),
@@ -829,7 +838,12 @@ MUTATIONS = [
         "the last checkpoint is not of the end", "*", " or (finished and (self.folder", " or (False and (self.folder"
     ),
     Mutation("no checkpoint at a signal", "*", "checkpoint |= stopping or (", "checkpoint |= ("),
-    Mutation("a stopped run ends with exit code 0", "*", "raise SystemExit(128 + self.signal)", "raise SystemExit(0)"),
+    Mutation(
+        "a stopped run ends with exit code 0",
+        "*",
+        "raise SystemExit(128 + (self.signal or signal.SIGTERM))",
+        "raise SystemExit(0)",
+    ),
     Mutation(
         "a second signal waits as well",
         "*",
@@ -863,9 +877,18 @@ MUTATIONS = [
     Mutation(
         "no return in a row with a single episode",
         "*",
-        "            if self.returns:\n",
-        "            if len(self.returns) > 1:\n",
+        "            if returns:\n",
+        "            if len(returns) > 1:\n",
     ),
+    # ----- several processes
+    Mutation("gradients of the processes summed", POLICY_GRADIENT, "for x in mine]) / processes", "for x in mine])"),
+    Mutation("all processes have the same share", POLICY_GRADIENT, "x[rank::processes]", "x[::processes]"),
+    Mutation("all processes draw the same noise", POLICY_GRADIENT, "processes)[rank]", "processes)[0]"),
+    Mutation("all processes have the same environments", "*", "seed=seed + rank * envs.num_envs", "seed=seed"),
+    Mutation("gradients are not exchanged", POLICY_GRADIENT, "        dist.all_reduce(mean)\n", ""),
+    Mutation("rollouts are not exchanged", POLICY_GRADIENT, "dist.all_gather(x, own)", "x[:] = [own] * len(x)"),
+    Mutation("each process stops by itself", "*", "any(exchange(self.signal is not None))", "self.signal is not None"),
+    Mutation("episodes of one process are counted", "*", "(sum(exchange(x), [])", "(x"),
 ]
 
 
