@@ -343,7 +343,7 @@ def train(args: Args) -> Path:
 
     torch.manual_seed(args.seed)
     agent = Agent(envs, args, device)
-    optimizer = torch.optim.RMSprop(agent.parameters(), lr=args.learning_rate, alpha=0.99, eps=1e-5)
+    optimizer = torch.optim.RMSprop(agent.parameters(), lr=args.learning_rate, alpha=0.99, eps=1e-5, foreach=True)
     gradients = in_parallel(accelerated(a2c_gradients, args, device), args)
     with closing(envs), Run(args, saved, agent=agent, optimizer=optimizer) as run:
         step = run.step

@@ -203,6 +203,8 @@ def measure_all(options: Options) -> None:
     for group in groups:
         for pair in range(options.pairs):
             for case, runner, threads, num_envs, width in group:
+                if runner == "sbx" and case.startswith("a2c"):
+                    continue  # it has none
                 task = dict(case=case, runner=runner, threads=threads, num_envs=num_envs, width=width)
                 task["device"] = options.device
                 speed = measure(task)

@@ -401,7 +401,7 @@ MUTATIONS = [
     Mutation(
         "Adam for RMSprop",
         "a2c.py",
-        "torch.optim.RMSprop(agent.parameters(), lr=args.learning_rate, alpha=0.99, eps=1e-5)",
+        "torch.optim.RMSprop(agent.parameters(), lr=args.learning_rate, alpha=0.99, eps=1e-5, foreach=True)",
         "torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)",
     ),
     Mutation(
