@@ -13,7 +13,8 @@ Maximises, over minibatches of the last rollout (PPO paper, equations 7, 9, 11 a
     R_t      = A_t + V(s_t)                                            the target of the value
 
 E is the mean over the steps of a minibatch, pi the policy with the parameters theta, pi_old the one that collected the
-rollout, V the critic, H the entropy. pi_old, A and R are computed once a rollout and are constants in L.
+rollout, V the critic, H the entropy. pi_old, A and R are computed once a rollout and are constants in L; in each
+minibatch A is shifted and scaled to mean 0 and standard deviation 1 (--norm-adv).
 
 Where A > 0 the objective stops growing at ratio 1 + eps, where A < 0 at 1 - eps: going further earns nothing. The min
 keeps the other term where the ratio went the wrong way, so that such a step can be undone. The clip takes away an
@@ -98,7 +99,7 @@ class Args:
     clip_coef: float = 0.2  # eps: beyond 1 - eps and 1 + eps the ratio earns nothing more
     clip_vloss: bool = False  # clip the change of the value by eps too (in the authors' code, not in the paper)
     norm_adv: bool = True  # normalise the advantages of a minibatch to mean 0 and standard deviation 1
-    target_kl: float | None = None  # no further pass once a pass ends with a KL divergence from pi_old above this
+    target_kl: float | None = None  # no further pass if KL(pi_old || pi) in a pass's last minibatch is above this
     norm_obs: bool = True  # normalise observations by their running mean and standard deviation
     norm_reward: bool = True  # divide rewards by the running standard deviation of the return
     init_log_std: float = -0.5  # initial log standard deviation of a Gaussian policy, in units where bounds are +-1
@@ -340,7 +341,7 @@ def ppo_update(agent, optimizer, rollout: Rollout, args: Args, gradients=ppo_gra
     for _ in range(args.update_epochs):
         for indices in torch.randperm(target.numel(), device=target.device).chunk(args.num_minibatches):
             minibatch = [x[indices] for x in batch]
-            if args.norm_adv:  # here, where the minibatch is whole: processes will share it
+            if args.norm_adv:  # not in the loss, of which torchrun's processes see a part of the minibatch only
                 minibatch[-1] = (minibatch[-1] - minibatch[-1].mean()) / (minibatch[-1].std() + 1e-8)
             optimizer.zero_grad()
             log = gradients(agent, args, minibatch)
@@ -368,8 +369,7 @@ def train(args: Args) -> Path:
     require(batch_size % args.num_minibatches == 0, f"--num-minibatches must divide {batch_size} steps")
     require(batch_size > args.num_minibatches, "--num-minibatches must leave at least 2 steps to a minibatch")
     device, rank, processes = join_processes(args, device)
-    shares = batch_size // args.num_minibatches % processes == 0
-    require(shares, f"minibatches of {batch_size // args.num_minibatches} cannot be split over {processes} processes")
+    require(batch_size // args.num_minibatches % processes == 0, f"{processes} processes cannot share a minibatch")
     envs = make_envs(args, args.num_envs // processes)
     fits = isinstance(envs.single_action_space, (gym.spaces.Discrete, gym.spaces.Box))
     require(fits, f"{args.env_id}: actions must be Discrete or a Box, these are {envs.single_action_space}")
@@ -396,7 +396,7 @@ def train(args: Args) -> Path:
                 obs = next_obs
             step += batch_size
 
-            # Learn from them. Their scale includes them: a small bias, which fades as the statistics grow.
+            # Learn from them. The scale of the rewards includes them: a small bias, which fades as statistics grow.
             rollout = gather(stack(steps, device))
             if args.norm_reward:
                 rollout = rollout._replace(reward=agent.reward_scaler(rollout.reward, rollout.done))
@@ -414,18 +414,20 @@ def train(args: Args) -> Path:
 
 
 def join_processes(args: Args, device: torch.device) -> tuple[torch.device, int, int]:
-    """The device and the number of this process, and how many torchrun started: 0 of 1 without it.
+    """The device and the number of this process, from 0, and how many torchrun started; without it 0 and 1.
 
     All have the same networks and learn from the same rollouts, but each steps only its share of the environments, and
-    has only its share of the work in each gradient. The first one writes the run.
+    has only its share of the work in each gradient. The first one writes the run. They talk by gloo from CPU to CPU,
+    whatever the device: one way for all, and a gradient is small.
     """
     if not dist.is_torchelastic_launched():
         return device, 0, 1
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        require(device.index < torch.cuda.device_count(), f"there are only {torch.cuda.device_count()} GPUs here")
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group()
+        dist.init_process_group("gloo")
         atexit.register(dist.destroy_process_group)
     rank, processes = dist.get_rank(), dist.get_world_size()
     require(args.num_envs % processes == 0, f"--num-envs {args.num_envs} cannot be split over {processes} processes")
@@ -435,7 +437,10 @@ def join_processes(args: Args, device: torch.device) -> tuple[torch.device, int,
 
 
 def act_alike(agent: Agent, obs: np.ndarray, rank: int, processes: int) -> np.ndarray:
-    """Actions for obs (N, obs_dim) of this process, with the noise that they would get if one process had them all."""
+    """Actions for obs (N, obs_dim) of this process, with the noise that one process would draw for all environments.
+
+    Every process draws all of that noise. So their generators stay in step, and their minibatches are the same.
+    """
     if processes == 1:
         return agent.act(obs, explore=True)
     return np.split(agent.act(np.tile(obs, (processes, 1)), explore=True), processes)[rank]
@@ -445,10 +450,10 @@ def gather(rollout: Rollout) -> Rollout:
     """The rollouts (T, N, ...) of all processes side by side."""
     if not dist.is_initialized():
         return rollout
-    parts = [[torch.empty_like(x) for _ in range(dist.get_world_size())] for x in rollout]
+    parts = [[torch.empty_like(x, device="cpu") for _ in range(dist.get_world_size())] for x in rollout]
     for x, own in zip(parts, rollout):
-        dist.all_gather(x, own)
-    return Rollout(*(torch.cat(x, dim=1) for x in parts))
+        dist.all_gather(x, own.cpu())
+    return Rollout(*(torch.cat(x, dim=1).to(rollout.obs.device) for x in parts))
 
 
 def in_parallel(gradients, args: Args):
@@ -456,15 +461,15 @@ def in_parallel(gradients, args: Args):
     if not dist.is_initialized():
         return gradients
     rank, processes = dist.get_rank(), dist.get_world_size()
-    own_args = replace(args, num_envs=args.num_envs // processes)
+    share = replace(args, num_envs=args.num_envs // processes)  # by which REINFORCE divides
 
     def mean_gradients(agent: Agent, args: Args, batch: list[Tensor]) -> dict[str, Tensor]:
-        """The same as `gradients` of the whole batch, but for rounding if the shares are equal."""
-        log = gradients(agent, own_args, [x[rank::processes] for x in batch])
-        mine = [*(p.grad for p in agent.parameters()), *log.values()]
-        mean = torch.cat([x.flatten() for x in mine]) / processes
+        """If the shares are equal, the same as `gradients` of the whole batch but for rounding."""
+        log = gradients(agent, share, [x[rank::processes] for x in batch])
+        own = [*(p.grad for p in agent.parameters()), *log.values()]
+        mean = torch.cat([x.flatten() for x in own]).cpu() / processes
         dist.all_reduce(mean)
-        for x, part in zip(mine, mean.split([x.numel() for x in mine])):
+        for x, part in zip(own, mean.split([x.numel() for x in own])):
             x.copy_(part.view_as(x))
         return log
 
@@ -476,8 +481,7 @@ def in_parallel(gradients, args: Args):
 
 def fail(message: str, code: int = 2) -> None:
     """Ends the program with one line on stderr; exit code 2 says that the input was bad."""
-    if first():
-        print(f"{Path(__file__).name}: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{Path(__file__).name}: error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -517,7 +521,7 @@ def accelerated(function, args: Args, device: torch.device):
 
     def with_onednn(*inputs):
         """The same, with oneDNN for the time that it takes."""
-        products.fp32_precision = "bf16"
+        products.fp32_precision = "bf16"  # the name of the switch to oneDNN; here it stays float32
         try:
             return function(*inputs)
         finally:  # products of a few rows, as to act, are faster without
@@ -600,7 +604,7 @@ def reset(envs: gym.vector.VectorEnv, seed: int, step: int, rank: int = 0) -> np
 def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[str, float]:
     """Plays one episode in each of `eval_episodes` fresh environments without exploration, 100,000 steps at most."""
     returns, alive = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)
-    numpy_state = np.random.get_state()  # an agent that draws from it even here must not change the training
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # what is drawn here changes no training
     np.random.seed(seed_for(args.seed, 0, 1))
     with closing(make_envs(args, args.eval_episodes, video)) as envs:
         obs, _ = envs.reset(seed=seed_for(args.seed, 0, 1))  # three numbers: no seed of the training
@@ -610,7 +614,8 @@ def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[st
             alive &= ~(terminated | truncated)
             if not alive.any():
                 break
-    np.random.set_state(numpy_state)
+    for restore, state in zip((random.setstate, np.random.set_state, torch.set_rng_state), before):
+        restore(state)
     mean, std = returns.mean().item(), returns.std().item()
     return {"eval/episodic_return": mean, "eval/episodic_return_std": std, "eval/episodes": args.eval_episodes}
 
@@ -693,12 +698,13 @@ class Run:
             write_file(self.folder / "args.json", json.dumps(flags, indent=2))
             self.metrics = open(self.folder / "metrics.jsonl" if first() else os.devnull, "ab", buffering=0)
             if first() and self.step < args.total_timesteps:  # what came after the checkpoint will be done again
-                self.metrics.truncate(min(self.metrics.tell(), saved.get("metrics_bytes", 0)))
+                self.metrics.seek(self.metrics.truncate(min(self.metrics.tell(), saved.get("metrics_bytes", 0))))
         except OSError as error:
             fail(f"the run's folder cannot be written: {error}")
         start, end = min(self.step, args.total_timesteps), args.total_timesteps
         print(f"{self.folder}: {script} on {args.env_id}, from step {start:,} to {end:,}", flush=True)
-        self.bar = tqdm(total=end, initial=start, unit=" steps", unit_scale=True, disable=None if first() else True)
+        hidden = None if first() else True  # None: where stderr is no terminal
+        self.bar = tqdm(total=end, initial=start, unit=" steps", unit_scale=True, disable=hidden)
         self.returns, self.lengths = [], []
         self.row_step, self.row_time = self.step, time.perf_counter()
 
@@ -725,7 +731,8 @@ class Run:
     def on_signal(self, number: int, frame) -> None:
         """Ctrl-C and SIGTERM end the run after this iteration; a second one ends it at once."""
         self.signal = number
-        self.restore_handlers()
+        if not dist.is_initialized():  # torchrun passes on a signal that may have come here already
+            self.restore_handlers()
 
     def restore_handlers(self) -> None:
         """Gives the signals back to whoever had them before the run."""
@@ -800,13 +807,13 @@ class Run:
             write_file(self.folder / "checkpoint.pt", saved)
         if stopping and not finished:
             print(f"Stopped at step {step:,}; {self.rescue()}")
-            raise SystemExit(128 + (self.signal or signal.SIGTERM))
+            raise SystemExit(128 + (self.signal or signal.SIGTERM))  # it may have come to another process
         if log or checkpoint or evaluation:
             self.row_step, self.row_time = step, time.perf_counter()
         return checkpoint
 
     def check_finite(self, row: dict[str, float | Tensor], states: dict[str, dict]) -> None:
-        """Ends the run if a loss, or a tensor of the checkpoint to be, is NaN or infinite: no checkpoint ever is."""
+        """Ends the run if a loss is NaN or infinite, or the agent or the buffer that a checkpoint is about to hold."""
         bad = [name for name, x in row.items() if not math.isfinite(x)]
         tensors = [pair for state in states.values() for pair in state.items()]
         bad += [name for name, x in tensors if isinstance(x, Tensor) and not x.isfinite().all()]

@@ -374,8 +374,7 @@ def train(args: Args) -> Path:
 
 def fail(message: str, code: int = 2) -> None:
     """Ends the program with one line on stderr; exit code 2 says that the input was bad."""
-    if first():
-        print(f"{Path(__file__).name}: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{Path(__file__).name}: error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -415,7 +414,7 @@ def accelerated(function, args: Args, device: torch.device):
 
     def with_onednn(*inputs):
         """The same, with oneDNN for the time that it takes."""
-        products.fp32_precision = "bf16"
+        products.fp32_precision = "bf16"  # the name of the switch to oneDNN; here it stays float32
         try:
             return function(*inputs)
         finally:  # products of a few rows, as to act, are faster without
@@ -498,7 +497,7 @@ def reset(envs: gym.vector.VectorEnv, seed: int, step: int, rank: int = 0) -> np
 def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[str, float]:
     """Plays one episode in each of `eval_episodes` fresh environments without exploration, 100,000 steps at most."""
     returns, alive = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)
-    numpy_state = np.random.get_state()  # an agent that draws from it even here must not change the training
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # what is drawn here changes no training
     np.random.seed(seed_for(args.seed, 0, 1))
     with closing(make_envs(args, args.eval_episodes, video)) as envs:
         obs, _ = envs.reset(seed=seed_for(args.seed, 0, 1))  # three numbers: no seed of the training
@@ -508,7 +507,8 @@ def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[st
             alive &= ~(terminated | truncated)
             if not alive.any():
                 break
-    np.random.set_state(numpy_state)
+    for restore, state in zip((random.setstate, np.random.set_state, torch.set_rng_state), before):
+        restore(state)
     mean, std = returns.mean().item(), returns.std().item()
     return {"eval/episodic_return": mean, "eval/episodic_return_std": std, "eval/episodes": args.eval_episodes}
 
@@ -591,12 +591,13 @@ class Run:
             write_file(self.folder / "args.json", json.dumps(flags, indent=2))
             self.metrics = open(self.folder / "metrics.jsonl" if first() else os.devnull, "ab", buffering=0)
             if first() and self.step < args.total_timesteps:  # what came after the checkpoint will be done again
-                self.metrics.truncate(min(self.metrics.tell(), saved.get("metrics_bytes", 0)))
+                self.metrics.seek(self.metrics.truncate(min(self.metrics.tell(), saved.get("metrics_bytes", 0))))
         except OSError as error:
             fail(f"the run's folder cannot be written: {error}")
         start, end = min(self.step, args.total_timesteps), args.total_timesteps
         print(f"{self.folder}: {script} on {args.env_id}, from step {start:,} to {end:,}", flush=True)
-        self.bar = tqdm(total=end, initial=start, unit=" steps", unit_scale=True, disable=None if first() else True)
+        hidden = None if first() else True  # None: where stderr is no terminal
+        self.bar = tqdm(total=end, initial=start, unit=" steps", unit_scale=True, disable=hidden)
         self.returns, self.lengths = [], []
         self.row_step, self.row_time = self.step, time.perf_counter()
 
@@ -623,7 +624,8 @@ class Run:
     def on_signal(self, number: int, frame) -> None:
         """Ctrl-C and SIGTERM end the run after this iteration; a second one ends it at once."""
         self.signal = number
-        self.restore_handlers()
+        if not dist.is_initialized():  # torchrun passes on a signal that may have come here already
+            self.restore_handlers()
 
     def restore_handlers(self) -> None:
         """Gives the signals back to whoever had them before the run."""
@@ -698,13 +700,13 @@ class Run:
             write_file(self.folder / "checkpoint.pt", saved)
         if stopping and not finished:
             print(f"Stopped at step {step:,}; {self.rescue()}")
-            raise SystemExit(128 + (self.signal or signal.SIGTERM))
+            raise SystemExit(128 + (self.signal or signal.SIGTERM))  # it may have come to another process
         if log or checkpoint or evaluation:
             self.row_step, self.row_time = step, time.perf_counter()
         return checkpoint
 
     def check_finite(self, row: dict[str, float | Tensor], states: dict[str, dict]) -> None:
-        """Ends the run if a loss, or a tensor of the checkpoint to be, is NaN or infinite: no checkpoint ever is."""
+        """Ends the run if a loss is NaN or infinite, or the agent or the buffer that a checkpoint is about to hold."""
         bad = [name for name, x in row.items() if not math.isfinite(x)]
         tensors = [pair for state in states.values() for pair in state.items()]
         bad += [name for name, x in tensors if isinstance(x, Tensor) and not x.isfinite().all()]

@@ -773,7 +773,7 @@ MUTATIONS = [
     Mutation(
         "evaluation on the seed of the training", "*", "seed=seed_for(args.seed, 0, 1)", "seed=seed_for(args.seed, 0)"
     ),
-    Mutation("evaluation takes random numbers of the training", "*", "    np.random.set_state(numpy_state)\n", ""),
+    Mutation("evaluation takes random numbers of the training", "*", "        restore(state)\n", "        pass\n"),
     Mutation("evaluation draws what the training left", "*", "    np.random.seed(seed_for(args.seed, 0, 1))\n", ""),
     Mutation(
         "the buffer is as long as the training, not as its turns",
@@ -847,8 +847,8 @@ MUTATIONS = [
     Mutation(
         "a second signal waits as well",
         "*",
-        "        self.signal = number\n        self.restore_handlers()\n",
-        "        self.signal = number\n",
+        "            self.restore_handlers()\n",
+        "            pass\n",
     ),
     Mutation("rows at multiples of log_every only", "*", "step // every > self.step // every", "step % every == 0"),
     Mutation(
@@ -881,12 +881,14 @@ MUTATIONS = [
         "            if len(returns) > 1:\n",
     ),
     # ----- several processes
-    Mutation("gradients of the processes summed", POLICY_GRADIENT, "for x in mine]) / processes", "for x in mine])"),
+    Mutation(
+        "gradients of the processes summed", POLICY_GRADIENT, "for x in own]).cpu() / processes", "for x in own]).cpu()"
+    ),
     Mutation("all processes have the same share", POLICY_GRADIENT, "x[rank::processes]", "x[::processes]"),
     Mutation("all processes draw the same noise", POLICY_GRADIENT, "processes)[rank]", "processes)[0]"),
     Mutation("all processes have the same environments", "*", "seed=seed + rank * envs.num_envs", "seed=seed"),
     Mutation("gradients are not exchanged", POLICY_GRADIENT, "        dist.all_reduce(mean)\n", ""),
-    Mutation("rollouts are not exchanged", POLICY_GRADIENT, "dist.all_gather(x, own)", "x[:] = [own] * len(x)"),
+    Mutation("rollouts are not exchanged", POLICY_GRADIENT, "dist.all_gather(x, own.cpu())", "x[:] = [own] * len(x)"),
     Mutation("each process stops by itself", "*", "any(exchange(self.signal is not None))", "self.signal is not None"),
     Mutation("episodes of one process are counted", "*", "(sum(exchange(x), [])", "(x"),
 ]

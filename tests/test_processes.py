@@ -129,7 +129,7 @@ def test_sigterm_ends_both_processes_with_a_checkpoint(tmp_path):
     "script, flags, line",
     [
         ("ppo", "--num-envs 3", "--num-envs 3 cannot be split over 2 processes"),
-        ("ppo", "--num-envs 2 --num-steps 9 --num-minibatches 2", "minibatches of 9 cannot be split over 2 processes"),
+        ("ppo", "--num-envs 2 --num-steps 9 --num-minibatches 2", "2 processes cannot share a minibatch"),
         ("sac", "", "torchrun is for reinforce.py, a2c.py and ppo.py"),
     ],
 )
