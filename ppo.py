@@ -512,7 +512,12 @@ def accelerated(function, args: Args, device: torch.device):
     if args.compile:
         torch._dynamo.config.trace_autograd_ops = True  # lets backward() into the graph
         mode = "reduce-overhead" if device.type == "cuda" else "default"
-        function = torch.compile(function, fullgraph=True, mode=mode)
+        graph = torch.compile(function, fullgraph=True, mode=mode)
+
+        def function(*inputs):
+            """The same. Copies, because a CUDA graph writes its next results where its last ones are."""
+            return {name: x.clone() for name, x in graph(*inputs).items()}
+
     cpu = torch.cpu.get_capabilities()
     exact = cpu.get("avx512_bf16", False) and not cpu.get("amx_bf16", False)  # "bf16" rounds on AMX only; else float32
     if not (args.onednn and exact and device.type == "cpu"):

@@ -411,12 +411,6 @@ MUTATIONS = [
         "(agent.policy.parameters(), lr",
     ),
     Mutation(
-        "the actor's optimizer moves the critics too",
-        "ddpg.py td3.py",
-        "Adam(agent.actor.parameters()",
-        "Adam(agent.parameters()",
-    ),
-    Mutation(
         "the second critic never learns",
         "td3.py sac.py",
         "Adam(agent.critics.parameters()",

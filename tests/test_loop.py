@@ -284,14 +284,33 @@ def test_updates_and_their_batches_come_when_they_should(module, num_envs, monke
     turn_of = lambda step: -(-step // num_envs)  # noqa: E731
     expected = [turn_of(step) for step in range(52, 201, 4) for _ in range(3)]
     assert [turn for turn, _ in spy.updates] == expected
-    for _, rest in spy.updates:
-        (batch,) = (x for x in rest if isinstance(x, module.Transitions))
+    batches = [next(x for x in rest if isinstance(x, module.Transitions)) for _, rest in spy.updates]
+    for batch, following in zip(batches, batches[1:]):
         assert batch.reward.shape == (16,) and batch.obs.shape == (16, 3)
+        assert not torch.equal(batch.obs, following.obs), "each update has a batch of its own"
     if module is td3:
         assert [rest[4] for _, rest in spy.updates] == list(range(len(expected)))
         assert len(spy.polyak) == 2 * len(range(0, len(expected), 2))
     elif module is not dqn:
         assert len(spy.polyak) == len(expected) * (2 if module is ddpg else 1)
+
+
+@pytest.mark.parametrize("anneal_lr", (True, False))
+def test_the_learning_rate_of_dqn_falls_linearly_by_steps(anneal_lr, monkeypatch, quiet):
+    rates, update = [], dqn.dqn_update
+
+    def spy(agent, optimizer, *rest):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return update(agent, optimizer, *rest)
+
+    monkeypatch.setattr(dqn, "dqn_update", spy)
+    flags = dict(train_frequency=4, gradient_steps=1, learning_starts=50, batch_size=16, total_timesteps=200)
+    folder = dqn.train(dqn.Args(num_envs=2, log_every=1, learning_rate=0.5, anneal_lr=anneal_lr, **flags, **quiet))
+    begun = [step - 2 for step in range(52, 201, 4)]  # where the turns began that ended with an update
+    assert rates == pytest.approx([0.5 * (1 - step / 200 if anneal_lr else 1) for step in begun])
+    for row in rows(folder):
+        share = 1 - (row["global_step"] - 2) / 200 if anneal_lr else 1
+        assert row["charts/learning_rate"] == pytest.approx(0.5 * share)
 
 
 @pytest.mark.parametrize("num_envs", (1, 2, 5, 9))
