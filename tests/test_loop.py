@@ -265,13 +265,13 @@ def test_the_buffer_gets_every_transition_whole_and_none_crosses_a_reset(module,
 @replay
 def test_actions_are_random_until_learning_starts(module, monkeypatch, quiet):
     spy = Spy(module, monkeypatch)
-    flags = quiet | dict(env_id=clock(module), num_envs=3, total_timesteps=300, learning_starts=100, batch_size=8)
+    flags = quiet | dict(env_id=clock(module), num_envs=3, total_timesteps=300, learning_starts=99, batch_size=8)
     flags |= dict(start_e=0.9, end_e=0.1, exploration_fraction=0.5) if module is dqn else {}
     module.train(module.Args(**flags))
-    assert [who for who, _ in spy.acted] == ["random"] * 34 + ["policy"] * 66  # from step 102 on
+    assert [who for who, _ in spy.acted] == ["random"] * 33 + ["policy"] * 67  # from step 99 on
     if module is dqn:
-        expected = [max(0.9 - 0.8 * 3 * turn / 150, 0.1) for turn in range(34, 100)]
-        assert [epsilon for _, epsilon in spy.acted[34:]] == pytest.approx(expected)
+        expected = [max(0.9 - 0.8 * 3 * turn / 150, 0.1) for turn in range(33, 100)]
+        assert [epsilon for _, epsilon in spy.acted[33:]] == pytest.approx(expected)
 
 
 @replay
