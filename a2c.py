@@ -577,9 +577,11 @@ def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[st
     """Plays one episode in each of `eval_episodes` fresh environments without exploration, 100,000 steps at most."""
     returns, alive = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # what is drawn here changes no training
-    np.random.seed(seed_for(args.seed, 0, 1))
+    seed = seed_for(args.seed, 0, 1)  # three numbers: no seed of the training
+    for set_seed in (random.seed, np.random.seed, torch.manual_seed):
+        set_seed(seed)
     with closing(make_envs(args, args.eval_episodes, video)) as envs:
-        obs, _ = envs.reset(seed=seed_for(args.seed, 0, 1))  # three numbers: no seed of the training
+        obs, _ = envs.reset(seed=seed)
         for _ in range(100_000):
             obs, reward, terminated, truncated, _ = envs.step(agent.to_env(agent.act(obs, explore=False)))
             returns[alive] += reward[alive]

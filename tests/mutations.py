@@ -765,17 +765,20 @@ MUTATIONS = [
     ),
     Mutation("evaluation explores", "*", "agent.act(obs, explore=False)", "agent.act(obs, explore=True)"),
     Mutation(
-        "evaluation on the seed of the training", "*", "seed=seed_for(args.seed, 0, 1)", "seed=seed_for(args.seed, 0)"
+        "evaluation on the seed of the training",
+        "*",
+        "seed = seed_for(args.seed, 0, 1)",
+        "seed = seed_for(args.seed, 0)",
     ),
     Mutation("evaluation takes random numbers of the training", "*", "        restore(state)\n", "        pass\n"),
-    Mutation("evaluation draws what the training left", "*", "    np.random.seed(seed_for(args.seed, 0, 1))\n", ""),
+    Mutation("evaluation draws what the training left", "*", "        set_seed(seed)\n", "        pass\n"),
     Mutation(
         "the buffer is as long as the training, not as its turns",
         REPLAY,
         "math.ceil(args.total_timesteps / args.num_envs) * args.num_envs",
         "args.total_timesteps",
     ),
-    Mutation("evaluation without a seed", "*", "envs.reset(seed=seed_for(args.seed, 0, 1))", "envs.reset()"),
+    Mutation("evaluation without a seed", "*", "obs, _ = envs.reset(seed=seed)", "obs, _ = envs.reset()"),
     Mutation("evaluation counts later episodes", "*", "returns[alive] += reward[alive]", "returns += reward"),
     Mutation(
         "evaluation does not end at truncation", "*", "alive &= ~(terminated | truncated)", "alive &= ~terminated"

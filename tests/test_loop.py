@@ -1,6 +1,7 @@
 """What the training loop hands to the update: every transition, none across a reset, by the policy that acted."""
 
 import json
+import random
 
 import gymnasium as gym
 import numpy as np
@@ -325,7 +326,9 @@ def test_the_target_network_of_dqn_has_a_clock_of_its_own(num_envs, monkeypatch,
 
 @everywhere
 def test_evaluation_leaves_the_agent_and_the_generators_alone(module):
-    args = module.Args(env_id="CartPole-v1" if module is dqn else "Pendulum-v1", eval_episodes=3)
+    """Nor do they matter to it, even if the environment draws from them."""
+    name = "CartPole" if module is dqn else "Pendulum"
+    args = module.Args(env_id=f"tests.envs:Signals{name}-v0", eval_episodes=3)
     if module is dqn:
         args.eval_epsilon = 0.3
     envs = module.make_envs(args, 1)
@@ -333,11 +336,14 @@ def test_evaluation_leaves_the_agent_and_the_generators_alone(module):
     if hasattr(agent, "obs_statistics"):
         agent.obs_statistics.update(torch.randn(100, 3))
     before = {k: v.clone() for k, v in agent.state_dict().items()}
-    states = torch.get_rng_state(), np.random.get_state()[1].copy()
-    first, second = module.evaluate(agent, args), module.evaluate(agent, args)
-    assert first == second
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    first = module.evaluate(agent, args)
     assert all(torch.equal(v, before[k]) for k, v in agent.state_dict().items())
     assert torch.equal(torch.get_rng_state(), states[0]) and (np.random.get_state()[1] == states[1]).all()
+    assert random.getstate() == states[2]
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(12345)
+    assert module.evaluate(agent, args) == first
 
 
 @everywhere
