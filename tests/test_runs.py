@@ -315,3 +315,20 @@ def test_a_run_of_sac_resumed_with_a_fixed_temperature_has_that(here):
     folder = train("sac", *flags("sac", "--checkpoint-every", "500"))
     train("sac", "--resume", folder, "--total-timesteps", "2000", "--no-autotune", "--alpha", "0.125")
     assert torch.load(folder / "agent.pt", weights_only=True)["log_alpha"].exp().item() == pytest.approx(0.125)
+
+
+@pytest.mark.parametrize("script", ("ppo", "dqn", "sac"))
+def test_a_checkpoint_that_is_no_longer_asked_for_is_still_brought_to_the_end(script, here):
+    """Or a later --resume would go back to it, behind the end of the training."""
+    folder = train(script, *flags(script, "--checkpoint-every", "500"))
+    train(script, "--resume", folder, "--checkpoint-every", "0", "--total-timesteps", "2100")
+    end = rows(folder)[-1]["global_step"]
+    assert end >= 2100 and torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == end
+
+
+@pytest.mark.parametrize("script", ("reinforce", "ppo", "sac"))
+def test_each_evaluation_is_made_once_also_at_the_end(script, here):
+    found = rows(train(script, *flags(script, "--eval-every", "250")))
+    steps = [row["global_step"] for row in found if "eval/episodic_return" in row]
+    assert len(steps) > 2 and len(set(steps)) == len(steps)
+    assert steps[-1] == found[-1]["global_step"] >= 1500
