@@ -321,7 +321,7 @@ def test_a_run_of_sac_resumed_with_a_fixed_temperature_has_that(here):
 def test_a_checkpoint_that_is_no_longer_asked_for_is_still_brought_to_the_end(script, here):
     """Or a later --resume would go back to it, behind the end of the training."""
     folder = train(script, *flags(script, "--checkpoint-every", "500"))
-    train(script, "--resume", folder, "--checkpoint-every", "0", "--total-timesteps", "2100")
+    run(script, "--resume", folder, "--checkpoint-every", "0", "--total-timesteps", "2100", cwd=here)
     end = rows(folder)[-1]["global_step"]
     assert end >= 2100 and torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == end
 
