@@ -477,12 +477,17 @@ def seed_for(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def reset(envs: gym.vector.VectorEnv, seed: int, step: int, rank: int = 0) -> np.ndarray:
-    """Resets the environments and seeds every generator anew, so that a resumed run sees what the uninterrupted saw."""
-    seed = seed_for(seed, step)
+def seed_generators(seed: int) -> None:
+    """Seeds those of random, numpy and torch."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def reset(envs: gym.vector.VectorEnv, seed: int, step: int, rank: int = 0) -> np.ndarray:
+    """Resets the environments and seeds every generator anew, so that a resumed run sees what the uninterrupted saw."""
+    seed = seed_for(seed, step)
+    seed_generators(seed)
     envs.action_space.seed(seed)
     return envs.reset(seed=seed + rank * envs.num_envs)[0]
 
@@ -492,8 +497,7 @@ def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[st
     returns, alive = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # what is drawn here changes no training
     seed = seed_for(args.seed, 0, 1)  # three numbers: no seed of the training
-    for set_seed in (random.seed, np.random.seed, torch.manual_seed):
-        set_seed(seed)
+    seed_generators(seed)
     with closing(make_envs(args, args.eval_episodes, video)) as envs:
         obs, _ = envs.reset(seed=seed)
         for _ in range(100_000):

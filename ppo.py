@@ -34,7 +34,6 @@ The diff from a2c.py is the ratio and its clip: with them a rollout is good for 
 takes one step and throws the rollout away.
 """
 
-import atexit
 import importlib.util
 import json
 import math
@@ -340,11 +339,11 @@ def ppo_update(agent, optimizer, rollout: Rollout, args: Args, gradients=ppo_gra
     logs = []
     for _ in range(args.update_epochs):
         for indices in torch.randperm(target.numel(), device=target.device).chunk(args.num_minibatches):
-            minibatch = [x[indices] for x in batch]
-            if args.norm_adv:  # not in the loss, of which torchrun's processes see a part of the minibatch only
-                minibatch[-1] = (minibatch[-1] - minibatch[-1].mean()) / (minibatch[-1].std() + 1e-8)
+            *others, adv = (x[indices] for x in batch)
+            if args.norm_adv:  # here and not in the loss, which sees only a share of the minibatch under torchrun
+                adv = (adv - adv.mean()) / (adv.std() + 1e-8)
             optimizer.zero_grad()
-            log = gradients(agent, args, minibatch)
+            log = gradients(agent, args, [*others, adv])
             nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
             logs.append(torch.stack(list(log.values())))
@@ -420,16 +419,15 @@ def join_processes(args: Args, device: torch.device) -> tuple[torch.device, int,
     has only its share of the work in each gradient. The first one writes the run. They talk by gloo from CPU to CPU,
     whatever the device: one way for all, and a gradient is small.
     """
-    if not dist.is_torchelastic_launched():
+    if dist.is_torchelastic_launched() and not dist.is_initialized():
+        dist.init_process_group("gloo")
+    if not dist.is_initialized():
         return device, 0, 1
+    rank, processes = dist.get_rank(), dist.get_world_size()
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         require(device.index < torch.cuda.device_count(), f"there are only {torch.cuda.device_count()} GPUs here")
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        dist.init_process_group("gloo")
-        atexit.register(dist.destroy_process_group)
-    rank, processes = dist.get_rank(), dist.get_world_size()
     require(args.num_envs % processes == 0, f"--num-envs {args.num_envs} cannot be split over {processes} processes")
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
@@ -596,12 +594,17 @@ def seed_for(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def reset(envs: gym.vector.VectorEnv, seed: int, step: int, rank: int = 0) -> np.ndarray:
-    """Resets the environments and seeds every generator anew, so that a resumed run sees what the uninterrupted saw."""
-    seed = seed_for(seed, step)
+def seed_generators(seed: int) -> None:
+    """Seeds those of random, numpy and torch."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def reset(envs: gym.vector.VectorEnv, seed: int, step: int, rank: int = 0) -> np.ndarray:
+    """Resets the environments and seeds every generator anew, so that a resumed run sees what the uninterrupted saw."""
+    seed = seed_for(seed, step)
+    seed_generators(seed)
     envs.action_space.seed(seed)
     return envs.reset(seed=seed + rank * envs.num_envs)[0]
 
@@ -611,8 +614,7 @@ def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[st
     returns, alive = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # what is drawn here changes no training
     seed = seed_for(args.seed, 0, 1)  # three numbers: no seed of the training
-    for set_seed in (random.seed, np.random.seed, torch.manual_seed):
-        set_seed(seed)
+    seed_generators(seed)
     with closing(make_envs(args, args.eval_episodes, video)) as envs:
         obs, _ = envs.reset(seed=seed)
         for _ in range(100_000):

@@ -348,10 +348,8 @@ MUTATIONS = [
         "old_value + (value - old_value).clamp(-args.clip_coef, args.clip_coef)",
         "value.clamp(-args.clip_coef, args.clip_coef)",
     ),
-    Mutation(
-        "PPO: advantages by their variance", "ppo.py", "(minibatch[-1].std() + 1e-8)", "(minibatch[-1].var() + 1e-8)"
-    ),
-    Mutation("PPO: advantages not centred", "ppo.py", "(minibatch[-1] - minibatch[-1].mean()) /", "minibatch[-1] /"),
+    Mutation("PPO: advantages by their variance", "ppo.py", "(adv.std() + 1e-8)", "(adv.var() + 1e-8)"),
+    Mutation("PPO: advantages not centred", "ppo.py", "(adv - adv.mean()) /", "adv /"),
     Mutation("PPO: approx_kl with a wrong sign", "ppo.py", "(ratio - 1 - log_ratio)", "(ratio - 1 + log_ratio)"),
     Mutation(
         "PPO: one order for all epochs",
@@ -771,7 +769,7 @@ MUTATIONS = [
         "seed = seed_for(args.seed, 0)",
     ),
     Mutation("evaluation takes random numbers of the training", "*", "        restore(state)\n", "        pass\n"),
-    Mutation("evaluation draws what the training left", "*", "        set_seed(seed)\n", "        pass\n"),
+    Mutation("evaluation draws what the training left", "*", "    seed_generators(seed)\n    with", "    with"),
     Mutation(
         "the buffer is as long as the training, not as its turns",
         REPLAY,
