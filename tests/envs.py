@@ -145,13 +145,16 @@ class DictObs(Tiny):
 class Signals:
     """Sends the signal $SIGNAL to this process before step $SIGNAL_AT, counted over all environments.
 
+    With $SIGNAL_RANK only in that process of torchrun.
+
     The rewards have a noise from the global generators, which a resumed run must find as they were.
     """
 
     all_steps = 0
 
     def step(self, action):
-        if str(Signals.all_steps) == os.environ.get("SIGNAL_AT"):
+        here = os.environ.get("SIGNAL_RANK") in (None, os.environ.get("RANK"))
+        if here and str(Signals.all_steps) == os.environ.get("SIGNAL_AT"):
             os.kill(os.getpid(), getattr(signal, os.environ["SIGNAL"]))
         Signals.all_steps += 1
         obs, reward, terminated, truncated, infos = super().step(action)

@@ -107,6 +107,14 @@ def test_killed_processes_resume_to_the_same_bits(tmp_path):
     assert all(torch.equal(mine[key], expected[key]) for key in expected)
 
 
+def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
+    flags = "--env-id tests.envs:SignalsCartPole-v0 --total-timesteps 4096 --num-steps 32".split()
+    only_second = {"SIGNAL": "SIGTERM", "SIGNAL_AT": "300", "SIGNAL_RANK": "1"}
+    done = launched("ppo", *flags, cwd=tmp_path, env=only_second, check=False)
+    assert done.returncode != 0 and done.stdout.count("Stopped at step 640") == 1
+    assert torch.load(only_run(tmp_path) / "checkpoint.pt", weights_only=True)["step"] == 640
+
+
 def test_sigterm_ends_both_processes_with_a_checkpoint(tmp_path):
     command = [sys.executable, *TORCHRUN, str(ROOT / "ppo.py"), "--total-timesteps", "1000000"]
     process = subprocess.Popen(
