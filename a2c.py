@@ -29,6 +29,7 @@ The diff from reinforce.py is bootstrapping: the critic completes a return after
 the end of an episode, and less noise; the price is a bias where V is wrong. ppo.py adds the ratio and its clip.
 """
 
+import atexit
 import importlib.util
 import json
 import math
@@ -388,6 +389,7 @@ def join_processes(args: Args, device: torch.device) -> tuple[torch.device, int,
     """
     if dist.is_torchelastic_launched() and not dist.is_initialized():
         dist.init_process_group("gloo")
+        atexit.register(dist.destroy_process_group)  # its threads may abort a process that ends without
     if not dist.is_initialized():
         return device, 0, 1
     rank, processes = dist.get_rank(), dist.get_world_size()

@@ -34,6 +34,7 @@ The diff from a2c.py is the ratio and its clip: with them a rollout is good for 
 takes one step and throws the rollout away.
 """
 
+import atexit
 import importlib.util
 import json
 import math
@@ -421,6 +422,7 @@ def join_processes(args: Args, device: torch.device) -> tuple[torch.device, int,
     """
     if dist.is_torchelastic_launched() and not dist.is_initialized():
         dist.init_process_group("gloo")
+        atexit.register(dist.destroy_process_group)  # its threads may abort a process that ends without
     if not dist.is_initialized():
         return device, 0, 1
     rank, processes = dist.get_rank(), dist.get_world_size()

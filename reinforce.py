@@ -32,6 +32,7 @@ The diff to a2c.py is bootstrapping: there the critic completes a return after a
 to its end, and V is only a baseline (but where a time limit cuts).
 """
 
+import atexit
 import importlib.util
 import json
 import math
@@ -387,6 +388,7 @@ def join_processes(args: Args, device: torch.device) -> tuple[torch.device, int,
     """
     if dist.is_torchelastic_launched() and not dist.is_initialized():
         dist.init_process_group("gloo")
+        atexit.register(dist.destroy_process_group)  # its threads may abort a process that ends without
     if not dist.is_initialized():
         return device, 0, 1
     rank, processes = dist.get_rank(), dist.get_world_size()

@@ -107,6 +107,23 @@ def test_killed_processes_resume_to_the_same_bits(tmp_path):
     assert all(torch.equal(mine[key], expected[key]) for key in expected)
 
 
+ENDS_AFTER_MANY_EXCHANGES = """
+import torch
+from ppo import Args, exchange, join_processes
+join_processes(Args(num_envs=6), torch.device("cpu"))
+for _ in range(20):
+    exchange(0)
+"""
+
+
+def test_processes_that_exchanged_something_end_in_order(tmp_path):
+    """Without an orderly end of gloo, most launches of six have one that aborts."""
+    (tmp_path / "ends.py").write_text(ENDS_AFTER_MANY_EXCHANGES)
+    torchrun = ["6" if word == "2" else word for word in TORCHRUN]
+    for _ in range(2):
+        python(*torchrun, tmp_path / "ends.py", cwd=tmp_path)
+
+
 def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
     flags = "--env-id tests.envs:SignalsCartPole-v0 --total-timesteps 4096 --num-steps 32".split()
     only_second = {"SIGNAL": "SIGTERM", "SIGNAL_AT": "300", "SIGNAL_RANK": "1"}
