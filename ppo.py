@@ -421,8 +421,9 @@ def join_processes(args: Args, device: torch.device) -> tuple[torch.device, int,
     whatever the device: one way for all, and a gradient is small.
     """
     if dist.is_torchelastic_launched() and not dist.is_initialized():
+        importlib.import_module("torch.distributed.nn")  # which, imported later, would hold the group for ever
         dist.init_process_group("gloo")
-        atexit.register(dist.destroy_process_group)  # its threads may abort a process that ends without
+        atexit.register(dist.destroy_process_group)  # otherwise its threads may abort the process at its end
     if not dist.is_initialized():
         return device, 0, 1
     rank, processes = dist.get_rank(), dist.get_world_size()
