@@ -4,6 +4,7 @@
     python benchmark/speed.py                                    # every case, an hour or two on two cores
     python benchmark/speed.py --cases sac-HalfCheetah --pairs 3  # a part of them
     python benchmark/speed.py --scaling                          # the scripts over environments, threads and widths
+    python benchmark/speed.py --profile                          # what the time of a step goes into
     python benchmark/speed.py --pairs 0                          # the tables and figures of what was measured
 
 A pair is one run of the script and one of each peer, one after the other, each in a process of its own, with the same
@@ -15,6 +16,7 @@ reaches with large ones; the rest of a step is Python, dispatch, small operation
 """
 
 import csv
+import functools
 import importlib
 import json
 import os
@@ -23,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +56,16 @@ CASES = {
 RUNNERS = {"rungs": "Rungs", "rungs-compile": "Rungs, --compile", "sb3": "Stable-Baselines3", "sbx": "SBX"}
 WIDTHS = (64, 256, 1024)
 NUM_ENVS = (1, 4, 16, 64, 256, 1024)
+# part of a step: what it consists of, in any of the scripts
+PARTS = {
+    "environment": ("gym.vector.SyncVectorEnv.step",),
+    "acting": ("Agent.act", "Agent.random_action", "Agent.to_env"),
+    "memory": ("true_next_obs", "stack", "gather", "ReplayBuffer.add", "ReplayBuffer.sample"),
+    "gradients": ("a2c_gradients", "ppo_gradients", "critic_gradients", "actor_gradients"),
+    "optimizer": ("torch.optim.Adam.step", "torch.optim.RMSprop.step", "nn.utils.clip_grad_norm_", "polyak"),
+}
 FIELDS = ("case", "runner", "threads", "num_envs", "width", "pair", "speed", "device", "commit", "versions", "machine")
+PROFILE_FIELDS = ("case", "threads", "pair", *PARTS, "rest", "commit", "versions", "machine")  # microseconds a step
 
 
 @dataclass
@@ -63,8 +75,9 @@ class Options:
     threads: tuple[int, ...] = (1, 2)  # threads of each runner; of each the better number counts
     pairs: int = 5  # runs of each
     scaling: bool = False  # measure the scripts over environments, threads and widths instead of beside their peers
+    profile: bool = False  # measure the parts of the scripts' steps instead
     device: str = "cpu"  # of the scripts and of sb3
-    out: Path = Path(__file__).with_name("speed.csv")  # where a row a run is appended
+    out: Path = Path(__file__).with_name("speed.csv")  # where a row a run is appended; the profile beside it
     chart: Path = Path(__file__).with_name("speed.png")  # the figure of all rows
     worker: str = ""  # for internal use: one run, described as JSON
 
@@ -87,6 +100,50 @@ def load_script(name: str, width: int):
     )
     sys.path.insert(0, str(folder))
     return importlib.import_module(name)
+
+
+def watch(module) -> dict[str, float]:
+    """Makes the functions of PARTS that the script has add up the seconds that they take."""
+    seconds = dict.fromkeys(PARTS, 0.0)
+
+    def watched(function, part: str):
+        def call(*args, **kwargs):
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            seconds[part] += time.perf_counter() - start
+            return result
+
+        return call
+
+    for part, names in PARTS.items():
+        for name in names:
+            *path, last = name.split(".")
+            try:
+                owner = functools.reduce(getattr, path, module)
+                setattr(owner, last, watched(getattr(owner, last), part))
+            except AttributeError:
+                pass  # another script has it
+    return seconds
+
+
+def run_profile(task: dict) -> str:
+    """One run of our script; returns the microseconds of a step by part, as JSON."""
+    module, snapshots = load_script(task["case"].split("-")[0], 0), []
+    seconds = watch(module)
+    advance = module.Run.advance
+
+    def snapshot(self, step, row):
+        result = advance(self, step, row)
+        snapshots.append((step, dict(seconds)))
+        return result
+
+    module.Run.advance = snapshot
+    speed = run_script(task | dict(runner="rungs", num_envs=0, width=0))
+    warm_up = CASES[task["case"]][4]
+    (first, start), (last, end) = next(pair for pair in snapshots if pair[0] >= warm_up), snapshots[-1]
+    parts = {part: 1e6 * (end[part] - start[part]) / (last - first) for part in PARTS}
+    parts["rest"] = 1e6 / speed - sum(parts.values())
+    return json.dumps({part: round(x, 2) for part, x in parts.items()})
 
 
 def run_script(task: dict) -> float:
@@ -177,8 +234,8 @@ def timed(function) -> float:
     return time.perf_counter() - start
 
 
-def measure(task: dict) -> float | None:
-    """Steps per second of a run in a process of its own; None if it cannot be had."""
+def measure(task: dict) -> float | dict[str, float] | None:
+    """Steps per second of a run in a process of its own, or its profile; None if it cannot be had."""
     env = os.environ | {"OMP_NUM_THREADS": str(task["threads"])}
     if task["runner"] == "sbx" and task["threads"] == 1:
         env["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
@@ -187,7 +244,49 @@ def measure(task: dict) -> float | None:
     if done.returncode:
         print(f"{task}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
         return None
-    return float(done.stdout.split()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def append(path: Path, fields: tuple[str, ...], row: dict) -> None:
+    """A row at the end of a CSV file; what is no field is left out."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fields, extrasaction="ignore")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def profile_all(options: Options) -> None:
+    """Measures where the time of a step goes, and appends a row a run."""
+    for case in options.cases:
+        made = made_with(case.split("-")[0])
+        for pair in range(options.pairs):
+            for threads in options.threads:
+                task = dict(case=case, runner="profile", threads=threads, device=options.device, pair=pair)
+                if parts := measure(task):
+                    print(case, threads, parts, flush=True)
+                    append(profile_of(options), PROFILE_FIELDS, task | parts | made)
+
+
+def profile_of(options: Options) -> Path:
+    """The file of the profile."""
+    return options.out.with_name(f"{options.out.stem}_profile.csv")
+
+
+def report_profile(path: Path) -> None:
+    """Prints the median parts of a step, with the number of threads that takes less time, as a table in Markdown."""
+    runs = {}
+    if path.exists():
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                parts = [float(row[part]) for part in (*PARTS, "rest")]
+                runs.setdefault(row["case"], {}).setdefault(row["threads"], []).append(parts)
+        print(f"\n| microseconds a step | threads | {' | '.join(PARTS)} | rest | sum |\n|{'---|' * (len(PARTS) + 4)}")
+    for case in [case for case in CASES if case in runs]:
+        medians = {t: [statistics.median(column) for column in zip(*rows)] for t, rows in runs[case].items()}
+        threads, parts = min(medians.items(), key=lambda item: sum(item[1]))
+        print(f"| {case} | {threads} | {' | '.join(f'{x:,.1f}' for x in [*parts, sum(parts)])} |")
 
 
 def measure_all(options: Options) -> None:
@@ -200,8 +299,9 @@ def measure_all(options: Options) -> None:
         runners = ("limit", *options.runners)
         groups = [[(case, r, t, 0, 0) for r in runners for t in options.threads] for case in options.cases]
     made = {name.split("-")[0]: made_with(name.split("-")[0]) for name in CASES}
+    done = 1 + max((pair for pairs in read(options.out).values() for pair in pairs), default=-1)
     for group in groups:
-        for pair in range(options.pairs):
+        for pair in range(done, done + options.pairs):
             for case, runner, threads, num_envs, width in group:
                 if runner == "sbx" and case.startswith("a2c"):
                     continue  # it has none
@@ -211,32 +311,32 @@ def measure_all(options: Options) -> None:
                 if speed is None:
                     continue
                 print(f"{case} {runner} {threads} {num_envs or ''} {width or ''} {speed:,.0f}", flush=True)
-                new = not options.out.exists()
-                with options.out.open("a", newline="") as file:
-                    writer = csv.DictWriter(file, FIELDS)
-                    if new:
-                        writer.writeheader()
-                    writer.writerow(task | {"pair": pair, "speed": round(speed, 1)} | made[case.split("-")[0]])
+                append(options.out, FIELDS, task | {"pair": pair, "speed": round(speed, 1)} | made[case.split("-")[0]])
 
 
-def read(path: Path) -> dict[tuple, list[float]]:
-    """The speeds by case, runner, threads, number of environments and width."""
+def read(path: Path) -> dict[tuple, dict[int, float]]:
+    """The speeds by case, runner, threads, number of environments and width; of each by its pair."""
     speeds = {}
     if path.exists():
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
                 key = row["case"], row["runner"], int(row["threads"]), int(row["num_envs"]), int(row["width"])
-                speeds.setdefault(key, []).append(float(row["speed"]))
+                speeds.setdefault(key, {})[int(row["pair"])] = float(row["speed"])
     return speeds
 
 
-def best_of(speeds: dict[tuple, list[float]], case: str, runner: str) -> tuple[int, list[float]] | None:
+def best_of(speeds: dict[tuple, dict], case: str, runner: str) -> tuple[int, dict[int, float]] | None:
     """The number of threads with the highest median, and the speeds with it."""
     of = {key[2]: values for key, values in speeds.items() if key[:2] == (case, runner) and key[3:] == (0, 0)}
-    return max(of.items(), key=lambda item: statistics.median(item[1])) if of else None
+    return max(of.items(), key=lambda item: statistics.median(item[1].values())) if of else None
 
 
-def report(speeds: dict[tuple, list[float]]) -> None:
+def ratios(ours: dict[int, float], peers: dict[int, float]) -> list[float]:
+    """How many times as fast ours are, pair by pair."""
+    return [ours[pair] / peers[pair] for pair in ours if pair in peers]
+
+
+def report(speeds: dict[tuple, dict[int, float]]) -> None:
     """Prints the tables in Markdown."""
     print("| case | runner | threads | steps/s (range) | Rungs plain / this | best of Rungs / this | of the limit |")
     print("|---|---|---|---|---|---|---|")
@@ -247,28 +347,29 @@ def report(speeds: dict[tuple, list[float]]) -> None:
             if not best[runner]:
                 continue
             threads, values = best[runner]
-            cells = [case, about, str(threads), spread(values, ",.0f")]
-            cells.append(spread([a / b for a, b in zip(best["rungs"][1], values)], ".2f") if best["rungs"] else "")
-            fastest = max(ours, key=statistics.median) if ours else []
-            cells.append(spread([a / b for a, b in zip(fastest, values)], ".2f") if ours else "")
-            limit = best["limit"] and statistics.median(best["limit"][1])
-            cells.append(f"{statistics.median(values) / limit:.0%}" if limit else "")
+            cells = [case, about, str(threads), spread(values.values(), ",.0f")]
+            cells.append(spread(ratios(best["rungs"][1], values), ".2f") if best["rungs"] else "")
+            fastest = max(ours, key=lambda x: statistics.median(x.values())) if ours else {}
+            cells.append(spread(ratios(fastest, values), ".2f") if ours else "")
+            limit = best["limit"] and statistics.median(best["limit"][1].values())
+            cells.append(f"{statistics.median(values.values()) / limit:.0%}" if limit else "")
             print(f"| {' | '.join(cells)} |")
     scaling = {key: values for key, values in speeds.items() if key[3:] != (0, 0)}
     if scaling:
         print("\n| case | threads | environments | width | steps/s (range) |\n|---|---|---|---|---|")
     for (case, _, threads, num_envs, width), values in sorted(scaling.items()):
-        print(f"| {case} | {threads} | {num_envs or ''} | {width or ''} | {spread(values, ',.0f')} |")
+        print(f"| {case} | {threads} | {num_envs or ''} | {width or ''} | {spread(values.values(), ',.0f')} |")
 
 
-def spread(values: list[float], form: str) -> str:
+def spread(values: Iterable[float], form: str) -> str:
     """Median and range."""
+    values = list(values)
     if not values:
         return ""
     return f"{statistics.median(values):{form}} ({min(values):{form}}–{max(values):{form}})"
 
 
-def draw(speeds: dict[tuple, list[float]], path: Path) -> None:
+def draw(speeds: dict[tuple, dict[int, float]], path: Path) -> None:
     """A bar chart: each runner's median steps per second over those of the slowest, with the range."""
     import matplotlib
 
@@ -281,11 +382,11 @@ def draw(speeds: dict[tuple, list[float]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(1.6 * len(cases) + 2, 4), layout="constrained")
     for offset, (runner, about) in enumerate(RUNNERS.items()):
         for place, case in enumerate(cases):
-            unit = statistics.median((best_of(speeds, case, "sb3") or best_of(speeds, case, "rungs"))[1])
+            unit = statistics.median((best_of(speeds, case, "sb3") or best_of(speeds, case, "rungs"))[1].values())
             if best := best_of(speeds, case, runner):
-                ratios = [value / unit for value in best[1]]
-                middle = statistics.median(ratios)
-                error = [[middle - min(ratios)], [max(ratios) - middle]]
+                heights = [value / unit for value in best[1].values()]
+                middle = statistics.median(heights)
+                error = [[middle - min(heights)], [max(heights) - middle]]
                 x = place + 0.2 * (offset - 1.5)
                 axes.bar(x, middle, 0.19, yerr=error, color=f"C{offset}", label=about if place == 0 else None)
     axes.set_xticks(range(len(cases)), cases, rotation=20, ha="right")
@@ -298,9 +399,10 @@ if __name__ == "__main__":
     chosen = tyro.cli(Options, description=__doc__)
     if chosen.worker:
         described = json.loads(chosen.worker)
-        workers = {"rungs": run_script, "rungs-compile": run_script, "limit": run_limit}
+        workers = {"rungs": run_script, "rungs-compile": run_script, "limit": run_limit, "profile": run_profile}
         print(workers.get(described["runner"], run_peer)(described))
     else:
-        measure_all(chosen)
+        (profile_all if chosen.profile else measure_all)(chosen)
         report(read(chosen.out))
+        report_profile(profile_of(chosen))
         draw(read(chosen.out), chosen.chart)

@@ -33,6 +33,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 FIRST = ("test_algorithms.py", "test_value_algorithms.py", "test_loop.py", "test_against_sb3.py")
+SECOND = ("test_processes.py",)
 LAST = ("test_learning.py",)
 NEVER = ("test_copies.py", "test_benchmark.py")
 ENOUGH = 5  # failed tests, after which a stage ends
@@ -939,9 +940,9 @@ def copy_repository(root: Path, target: Path) -> None:
 def stages(root: Path) -> list[list[str]]:
     """The test files in the order in which they are asked."""
     there = [f"tests/{path.name}" for path in sorted((root / "tests").glob("test_*.py")) if path.name not in NEVER]
-    first = [path for path in there if Path(path).name in FIRST]
-    last = [path for path in there if Path(path).name in LAST]
-    return [stage for stage in (first, [path for path in there if path not in (*first, *last)], last) if stage]
+    groups = [[path for path in there if Path(path).name in names] for names in (FIRST, SECOND, LAST)]
+    groups.insert(2, [path for path in there if path not in sum(groups, [])])
+    return [stage for stage in groups if stage]
 
 
 class Outcome(NamedTuple):

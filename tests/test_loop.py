@@ -2,6 +2,7 @@
 
 import json
 import random
+import signal
 
 import gymnasium as gym
 import numpy as np
@@ -398,3 +399,22 @@ def test_reset_seeds_every_generator_from_seed_and_step(module):
     others = [draw(seed, step) for seed, step in ((1, 0), (1, 1), (2, 0), (2, 1))]
     for i in range(len(others[0]) - 2):  # two sampled Discrete actions may agree by chance
         assert len({other[i] for other in others}) == 4
+
+
+@everywhere
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM), ids=lambda number: number.name)
+def test_the_first_signal_is_noted_and_a_second_goes_to_whoever_had_it_before(module, number, quiet):
+    """By default that one ends the program at once."""
+    args = module.Args(**quiet)
+    heard = []
+    before = signal.signal(number, lambda *_: heard.append("second"))
+    try:
+        with module.Run(args, {"step": 0, "states": {}}) as run:
+            signal.raise_signal(number)
+            assert run.signal == number and heard == []
+            signal.raise_signal(number)
+            assert heard == ["second"]
+        signal.raise_signal(number)
+        assert heard == ["second", "second"]
+    finally:
+        signal.signal(number, before)
