@@ -418,3 +418,12 @@ def test_the_first_signal_is_noted_and_a_second_goes_to_whoever_had_it_before(mo
         assert heard == ["second", "second"]
     finally:
         signal.signal(number, before)
+
+
+@everywhere
+def test_the_end_has_a_row_whatever_the_interval_of_rows(module, quiet):
+    more = dict(learning_starts=10, buffer_size=100) if hasattr(module, "ReplayBuffer") else {}
+    flags = quiet | {"env_id": clock(module), "num_envs": 1, "log_every": 10_000}
+    folder = module.train(module.Args(total_timesteps=100, **flags | more))
+    row = rows(folder)[-1]
+    assert row["global_step"] >= 100 and row["charts/episodes"] > 0
