@@ -433,11 +433,11 @@ def test_the_end_has_a_row_whatever_the_interval_of_rows(module, quiet):
 def test_steps_per_second_are_those_since_the_last_row_or_evaluation(module, monkeypatch, quiet):
     now = [100.0]
     monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
-    args = module.Args(**quiet | {"log_every": 10, "eval_every": 20, "total_timesteps": 100})
+    args = module.Args(**quiet | {"log_every": 10, "eval_every": 15, "total_timesteps": 100})
     with module.Run(args, {"step": 0, "states": {}}) as run:
         monkeypatch.setattr(run, "evaluate", lambda: now.append(now.pop() + 50))
         for step, seconds in ((5, 1), (10, 1), (15, 2), (20, 3), (30, 2)):
             now[0] += seconds
             run.advance(step, {})
     speeds = [row["charts/SPS"] for row in rows(run.folder)]
-    assert speeds == [10 / 2, 10 / 5, 10 / 2]
+    assert speeds == [10 / 2, 5 / 3, 10 / 2]
