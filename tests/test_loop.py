@@ -441,3 +441,50 @@ def test_steps_per_second_are_those_since_the_last_row_or_evaluation(module, mon
             run.advance(step, {})
     speeds = [row["charts/SPS"] for row in rows(run.folder)]
     assert speeds == [10 / 2, 5 / 3, 10 / 2]
+
+
+@everywhere
+@pytest.mark.parametrize("number", (float("nan"), float("inf"), -float("inf")))
+def test_a_loss_that_is_not_finite_ends_the_run_in_a_line(module, number, quiet, capsys):
+    with module.Run(module.Args(**quiet), {"step": 0, "states": {}}) as run:
+        with pytest.raises(SystemExit) as end:
+            run.advance(7, {"losses/fine": 1.0, "losses/bad": torch.tensor(number)})
+    assert end.value.code == 1
+    assert "error: losses/bad is not finite at step 7" in capsys.readouterr().err
+
+
+@everywhere
+@pytest.mark.parametrize("number", (float("nan"), float("inf"), -float("inf")))
+def test_an_agent_that_is_not_finite_gets_no_checkpoint(module, number, quiet, capsys):
+    agent = torch.nn.Linear(2, 2)
+    args = module.Args(**quiet | {"checkpoint_every": 5})
+    with module.Run(args, {"step": 0, "states": {}}, agent=agent) as run:
+        run.advance(5, {})
+        before = (run.folder / "checkpoint.pt").read_bytes()
+        with torch.no_grad():
+            agent.weight[1, 1] = number
+        with pytest.raises(SystemExit) as end:
+            run.advance(10, {})
+    assert end.value.code == 1
+    assert "error: weight is not finite at step 10" in capsys.readouterr().err
+    assert (run.folder / "checkpoint.pt").read_bytes() == before
+
+
+@everywhere
+def test_a_row_has_the_means_over_the_episodes_since_the_last_one(module, quiet):
+    def infos(*ended):
+        """What Gymnasium says of a step in three environments, in which those in `ended` ended with this return."""
+        column = np.array([dict(ended).get(i, 0.0) for i in range(3)])
+        mask = np.isin(np.arange(3), [i for i, _ in ended])
+        return {"final_info": {"episode": {"r": column, "l": 10 * column, "_r": mask}, "_episode": mask}}
+
+    with module.Run(module.Args(**quiet | {"log_every": 1}), {"step": 0, "states": {}}) as run:
+        run.count_episodes({})
+        run.advance(1, {})
+        run.count_episodes(infos((1, 5.0)))
+        run.advance(2, {})
+        run.count_episodes(infos((0, 1.0), (2, 2.0)))
+        run.count_episodes(infos((2, 6.0)))
+        run.advance(3, {})
+    names = ("charts/episodes", "charts/episodic_return", "charts/episodic_length")
+    assert [[row.get(name) for name in names] for row in rows(run.folder)] == [[0, None, None], [1, 5, 50], [3, 3, 30]]
