@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import SCRIPTS, flags, rows, tiny_env, train
+from conftest import SCRIPTS, flags, rows, takes, tiny_env, train
 
 # name: length and return of every episode
 ENVIRONMENTS = {
@@ -34,3 +34,11 @@ def test_awkward_environments(script, name, here):
     assert any(key.startswith("losses/") for key in training[-1])
     assert all(x.isfinite().all() for x in torch.load(folder / "agent.pt", weights_only=True).values())
     assert json.loads((folder / "args.json").read_text())["num_envs"] == 3
+
+
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if takes(script, "Box")])
+def test_mujoco_does_not_warn_of_its_own_models(script, here, capfd):
+    """Whoever trains can do nothing about that, and it would tear the progress bar."""
+    folder = train(script, *flags(script, "--env-id", "HalfCheetah-v5", "--total-timesteps", "300"))
+    assert "eval/episodic_return" in rows(folder)[-1]
+    assert "settotalmass" not in capfd.readouterr().err

@@ -488,3 +488,29 @@ def test_a_row_has_the_means_over_the_episodes_since_the_last_one(module, quiet)
         run.advance(3, {})
     names = ("charts/episodes", "charts/episodic_return", "charts/episodic_length")
     assert [[row.get(name) for name in names] for row in rows(run.folder)] == [[0, None, None], [1, 5, 50], [3, 3, 30]]
+
+
+class NearlyFull:
+    """A file on a disk with room for five bytes more."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def write(self, content):
+        return self.file.write(content[:5])
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+@everywhere
+def test_a_row_that_finds_no_room_leaves_no_part_of_it(module, quiet, capsys):
+    with module.Run(module.Args(**quiet | {"log_every": 1}), {"step": 0, "states": {}}) as run:
+        run.advance(1, {})
+        before = (run.folder / "metrics.jsonl").read_bytes()
+        run.metrics = NearlyFull(run.metrics)
+        with pytest.raises(SystemExit) as end:
+            run.advance(2, {})
+    assert end.value.code == 1
+    assert "cannot be written at step 2: no space left" in capsys.readouterr().err
+    assert before and (run.folder / "metrics.jsonl").read_bytes() == before

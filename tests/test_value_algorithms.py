@@ -12,8 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
 
+import a2c
 import ddpg
 import dqn
+import ppo
+import reinforce
 import sac
 import td3
 
@@ -727,7 +730,7 @@ def test_compiled_updates_agree_with_the_eager_ones(module):
 # ----- products of matrices -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", (dqn, ddpg, td3, sac))
+@pytest.mark.parametrize("module", (reinforce, a2c, ppo, dqn, ddpg, td3, sac))
 def test_onednn_multiplies_in_float32_or_not_at_all(module):
     """Products of rounded factors (bfloat16) would be wrong in the third digit."""
     x, y = torch.randn(2, 256, 256, dtype=torch.float32)
