@@ -249,17 +249,23 @@ def test_an_environment_that_never_ends_does_not_keep_a_run_from_its_end(script,
 
 
 @each_script
-def test_weights_and_biases_gets_the_same_rows(script, here):
+def test_weights_and_biases_gets_the_same_rows_and_films(script, here):
     pytest.importorskip("wandb")
+    pytest.importorskip("moviepy")
     quiet = {"WANDB_DIR": str(here), "WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
-    run(script, *flags(script, "--track", "--wandb-group", "tests", "--eval-every", "800"), cwd=here, env=quiet)
+    track = ("--track", "--wandb-group", "tests", "--eval-every", "800", "--capture-video")
+    run(script, *flags(script, *track), cwd=here, env=quiet)
     (log,) = here.glob("wandb/offline-run-*/*.wandb")
     inspect = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", log]
     printed = subprocess.run(inspect, env=environment(**quiet), capture_output=True, text=True, check=True).stdout
     records = [json.loads(line) for line in printed.splitlines()]
     history = [record["history"]["item"] for record in records if record["type"] == "history"]
     history = [{key: x for key, x in row.items() if not key.startswith("_")} for row in history]
-    assert history == rows(only_run(here), speed=True)
+    shown = [row for row in history if any(key.startswith("eval/video") for key in row)]
+    assert [row for row in history if row not in shown] == rows(only_run(here), speed=True)
+    assert [row["global_step"] for row in shown] == [row["global_step"] for row in evaluations(only_run(here))]
+    sent = here.glob("wandb/offline-run-*/files/media/videos/eval/*.mp4")
+    assert sorted(path.read_bytes() for path in sent) == sorted(path.read_bytes() for path in films(only_run(here)))
     (logged,) = (record["run"] for record in records if record["type"] == "run")
     assert logged["display_name"] == only_run(here).name
     assert logged["config"]["update"]["num_envs"] == 2
