@@ -387,9 +387,9 @@ def join_processes(args: Args, device: torch.device) -> tuple[torch.device, int,
     whatever the device: one way for all, and a gradient is small.
     """
     if dist.is_torchelastic_launched() and not dist.is_initialized():
-        importlib.import_module("torch.distributed.nn")  # which, imported later, would hold the group for ever
+        importlib.import_module("torch.distributed.nn")  # imported later, by an optimizer, it keeps the group alive
         dist.init_process_group("gloo")
-        atexit.register(dist.destroy_process_group)  # otherwise its threads may abort the process at its end
+        atexit.register(dist.destroy_process_group)  # a thread of it that outlives Python aborts the process
     if not dist.is_initialized():
         return device, 0, 1
     rank, processes = dist.get_rank(), dist.get_world_size()

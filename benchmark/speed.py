@@ -65,7 +65,7 @@ PARTS = {
     "optimizer": ("torch.optim.Adam.step", "torch.optim.RMSprop.step", "nn.utils.clip_grad_norm_", "polyak"),
 }
 FIELDS = ("case", "runner", "threads", "num_envs", "width", "pair", "speed", "device", "commit", "versions", "machine")
-PROFILE_FIELDS = ("case", "threads", "pair", *PARTS, "rest", "commit", "versions", "machine")  # microseconds a step
+PROFILE_FIELDS = ("case", "threads", *PARTS, "rest", "commit", "versions", "machine")  # microseconds a step
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Options:
     threads: tuple[int, ...] = (1, 2)  # threads of each runner; of each the better number counts
     pairs: int = 5  # runs of each
     scaling: bool = False  # measure the scripts over environments, threads and widths instead of beside their peers
-    profile: bool = False  # measure the parts of the scripts' steps instead
+    profile: bool = False  # measure the parts of the scripts' steps on the CPU instead
     device: str = "cpu"  # of the scripts and of sb3
     out: Path = Path(__file__).with_name("speed.csv")  # where a row a run is appended; the profile beside it
     chart: Path = Path(__file__).with_name("speed.png")  # the figure of all rows
@@ -261,9 +261,9 @@ def profile_all(options: Options) -> None:
     """Measures where the time of a step goes, and appends a row a run."""
     for case in options.cases:
         made = made_with(case.split("-")[0])
-        for pair in range(options.pairs):
+        for _ in range(options.pairs):
             for threads in options.threads:
-                task = dict(case=case, runner="profile", threads=threads, device=options.device, pair=pair)
+                task = dict(case=case, runner="profile", threads=threads, device="cpu")
                 if parts := measure(task):
                     print(case, threads, parts, flush=True)
                     append(profile_of(options), PROFILE_FIELDS, task | parts | made)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import operator
 import os
 import signal
 import subprocess
@@ -415,3 +416,45 @@ def test_bad_input_to_plot_is_refused_in_one_line(plot, options, message, tmp_pa
         plot.main(plot.Options(tables=tmp_path, out=tmp_path, **options))
     error = capsys.readouterr().err
     assert end.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def has(script, name: str) -> bool:
+    try:
+        return bool(operator.attrgetter(name)(script))
+    except AttributeError:
+        return False
+
+
+def test_every_part_of_a_profile_is_in_a_script():
+    """A function that was renamed would count as the rest, and nobody would see it."""
+    speed, scripts = module("speed"), [*map(module, SCRIPTS)]
+    for name in sum(speed.PARTS.values(), ()):
+        assert any(has(script, name) for script in scripts), name
+
+
+def test_a_profile_adds_up_the_time_of_each_part(monkeypatch):
+    speed, now = module("speed"), [0.0]
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
+
+    class Agent:
+        def act(self, seconds):
+            now[0] += seconds
+            return "an action"
+
+    script = SimpleNamespace(Agent=Agent)
+    seconds = speed.watch(script)
+    assert [script.Agent().act(2.0), script.Agent().act(3.0)] == ["an action"] * 2
+    assert seconds == dict.fromkeys(speed.PARTS, 0.0) | {"acting": 5.0}
+
+
+def test_ratios_are_those_of_one_pair(tmp_path, capsys):
+    """Also where a run of a pair failed."""
+    speed = module("speed")
+    runs = [("rungs", 0, 20.0), ("sb3", 0, 10.0), ("sb3", 1, 5.0), ("rungs", 2, 60.0), ("sb3", 2, 15.0)]
+    for runner, pair, steps in runs:
+        row = dict(case="dqn-CartPole", runner=runner, threads=1, num_envs=0, width=0, pair=pair, speed=steps)
+        speed.append(tmp_path / "speed.csv", speed.FIELDS, row)
+    speeds = speed.read(tmp_path / "speed.csv")
+    assert speed.ratios(*(speed.best_of(speeds, "dqn-CartPole", runner)[1] for runner in ("rungs", "sb3"))) == [2, 4]
+    speed.report(speeds)
+    assert "| dqn-CartPole | Stable-Baselines3 | 1 | 10 (5–15) | 3.00 (2.00–4.00) |" in capsys.readouterr().out

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.mutations import MUTATIONS, check
+
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path for path in [*ROOT.glob("*.py"), *ROOT.glob("more/*.py")])
 
@@ -159,3 +161,11 @@ def test_public_definitions_have_docstrings():
             ):
                 inner = node.name in ("make_env",)
                 assert inner or ast.get_docstring(node), f"{path.name}: {node.name}"
+
+
+def test_the_table_of_planted_mistakes_is_that_of_the_list():
+    check(ROOT)
+    rows = [line for line in (ROOT / "tests" / "mutations.md").read_text().splitlines() if line.startswith("| ")][2:]
+    assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == [mutation.name for mutation in MUTATIONS]
+    assert not any("**nothing**" in row for row in rows)
+    assert f"plants {len(MUTATIONS)} mistakes" in (ROOT / "README.md").read_text()
