@@ -52,6 +52,7 @@ class Experiment:
     source: str  # where the flags come from
     seeds: int  # how many are reported, from REPORT on
     variant: str = ""  # what was changed, in an ablation
+    edits: tuple[tuple[str, str], ...] = ()  # of the script's text, in an ablation: what is there, what takes its place
 
     @property
     def name(self) -> str:
@@ -176,23 +177,60 @@ def mujoco(suite: str, scripts: tuple[str, ...], steps: int, seeds: int) -> list
     return experiments
 
 
-# What PPO owes to each detail on HalfCheetah-v5; the row without a variant is in the suite mujoco.
+# What PPO owes to each detail on HalfCheetah-v5: flags, and edits of ppo.py where there is no flag, as pairs of what is
+# there and what takes its place. The row without a variant is in the suite mujoco.
+NO_BOOTSTRAP = (("next_value * ~rollout.terminated - value", "next_value * ~rollout.done - value"),)
+ORTHOGONAL = """\
+    for layer, layer_gain in zip(net[::2], (math.sqrt(2), math.sqrt(2), gain)):
+        nn.init.orthogonal_(layer.weight, layer_gain)
+        nn.init.zeros_(layer.bias)
+"""
+ADVANTAGES = """\
+    advantage = gae(rollout, value, next_value, args.gamma, args.gae_lambda)
+    target = advantage + value
+"""
+EVERY_PASS = """\
+    for _ in range(args.update_epochs):
+        with torch.no_grad():
+            value, next_value = agent.value(rollout.obs), agent.value(rollout.next_obs)
+        advantage = gae(rollout, value, next_value, args.gamma, args.gae_lambda)
+        batch[3:] = (x.flatten(0, 1) for x in (value, advantage + value, advantage))
+"""
+SCALED_TARGETS = """\
+    std = (agent.return_statistics.var + 1e-8).sqrt()
+    advantage = gae(rollout, value * std, next_value * std, args.gamma, args.gae_lambda)
+    returns = advantage + value * std
+    target = returns / std
+    agent.return_statistics.update(returns.reshape(-1, 1))
+"""
+SCALER = "self.reward_scaler = RewardScaler(args.gamma) if args.norm_reward else None"
 ABLATION = {
-    "one-env": "--num-envs 1 --num-steps 2048",
-    "8-envs": "--num-envs 8 --num-steps 256",
-    "log-std-0": "--init-log-std 0",
-    "clip-vloss": "--clip-vloss",
-    "no-norm-adv": "--no-norm-adv",
-    "no-norm-obs": "--no-norm-obs",
-    "no-norm-reward": "--no-norm-reward",
-    "no-anneal-lr": "--no-anneal-lr",
-    "vf-0.25": "--vf-coef 0.25",
+    "one-env": ("--num-envs 1 --num-steps 2048", ()),
+    "8-envs": ("--num-envs 8 --num-steps 256", ()),
+    "log-std-0": ("--init-log-std 0", ()),
+    "clip-vloss": ("--clip-vloss", ()),
+    "no-norm-adv": ("--no-norm-adv", ()),
+    "no-norm-obs": ("--no-norm-obs", ()),
+    "no-norm-reward": ("--no-norm-reward", ()),
+    "no-anneal-lr": ("--no-anneal-lr", ()),
+    "vf-0.25": ("--vf-coef 0.25", ()),
+    "no-bootstrap-at-time-limit": ("", NO_BOOTSTRAP),
+    "default-init": ("", ((ORTHOGONAL, ""),)),
+    "advantages-every-pass": ("", (("    for _ in range(args.update_epochs):\n", EVERY_PASS),)),
+    "scaled-targets": (
+        "--no-norm-reward",
+        ((ADVANTAGES, SCALED_TARGETS), (SCALER, f"{SCALER}\n        self.return_statistics = RunningStatistics(1)")),
+    ),
+    "as-cleanrl": ("--num-envs 1 --num-steps 2048 --init-log-std 0 --clip-vloss", NO_BOOTSTRAP),
 }
 
 
-def ablation(seeds: int = 10) -> list[Experiment]:
+def ablation(seeds: int = 5) -> list[Experiment]:
     shared = ("ablation", "ppo", "HalfCheetah-v5", 1_000_000)
-    return [Experiment(*shared, f"{PPO_MUJOCO} {flags}", "ours", seeds, name) for name, flags in ABLATION.items()]
+    return [
+        Experiment(*shared, f"{PPO_MUJOCO} {flags}".strip(), "ours", seeds, name, edits)
+        for name, (flags, edits) in ABLATION.items()
+    ]
 
 
 EXPERIMENTS = [

@@ -73,6 +73,7 @@ class Job(NamedTuple):
     command: list[str]  # the script's flags
     env: dict[str, str]  # variables beside those of the process
     about: dict  # for collect.py
+    edits: tuple = ()  # of the script's text, in an ablation
 
     @property
     def title(self) -> str:
@@ -80,13 +81,13 @@ class Job(NamedTuple):
         return f"{self.script} {self.about['env_id']}{variant} seed {self.about['seed']}"
 
 
-def settings_of(script: str, flags: list[str]) -> tuple[int, str]:
-    """Steps, and a short hash of all flags, defaults included, that a script's result depends on beside the seed."""
+def settings_of(script: str, flags: list[str], edits: tuple = ()) -> tuple[int, str]:
+    """Steps, and a short hash of what a result depends on beside the seed: all flags, defaults included, and edits."""
     if str(ROOT) not in sys.path:
         sys.path.append(str(ROOT))
     args = asdict(tyro.cli(importlib.import_module(script).Args, args=flags, prog=f"{script}.py"))
     settings = {name: value for name, value in args.items() if name not in NOT_SETTINGS}
-    text = json.dumps(settings, sort_keys=True)
+    text = json.dumps(settings, sort_keys=True) + (json.dumps(edits) if edits else "")
     return args["total_timesteps"], hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
@@ -115,9 +116,10 @@ def jobs_of(options: Options) -> list[Job]:
     jobs, named = {}, {}
     for experiment, seed, flags in plan(options):
         if experiment not in named:
-            steps, settings = settings_of(experiment.script, flags)
+            steps, settings = settings_of(experiment.script, flags, experiment.edits)
             # Flags that change the result make a variant, which does not mix with the grid's own runs.
-            changed = options.flags and settings_of(experiment.script, experiment.command(seed))[1] != settings
+            own = settings_of(experiment.script, experiment.command(seed), experiment.edits)[1]
+            changed = options.flags and own != settings
             variant = " ".join(filter(None, [experiment.variant, options.flags if changed else ""]))
             named[experiment] = settings, replace(experiment, steps=steps, variant=variant)
         settings, cell = named[experiment]
@@ -131,7 +133,7 @@ def jobs_of(options: Options) -> list[Job]:
             command += ["--wandb-entity", options.wandb_entity] if options.wandb_entity else []
         tags = [experiment.suite, experiment.script, experiment.env_id, *filter(None, [experiment.variant])]
         env = {"OMP_NUM_THREADS": "1", "WANDB_TAGS": ",".join(tags)}
-        jobs[name] = Job(str(options.runs_dir.resolve() / name), experiment.script, command, env, about)
+        jobs[name] = Job(str(options.runs_dir.resolve() / name), experiment.script, command, env, about, cell.edits)
     return list(jobs.values())
 
 
@@ -154,6 +156,16 @@ def made_with(script: str) -> dict[str, str]:
         gpus = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
         machine += f", {len(gpus)} {gpus[0]}" if gpus else ""
     return {"commit": commit + ("+changes" if changed else ""), "versions": ", ".join(versions), "machine": machine}
+
+
+def edited(script: str, edits: tuple[tuple[str, str], ...]) -> str:
+    """The text of a script with the edits of an ablation; ValueError if one does not fit exactly one place."""
+    text = (ROOT / f"{script}.py").read_text()
+    for old, new in edits:
+        if text.count(old) != 1:
+            raise ValueError(f"{script}.py has {text.count(old)} times what an ablation replaces: {old!r}")
+        text = text.replace(old, new)
+    return text
 
 
 def finished_run(folder: Path) -> Path | None:
@@ -179,7 +191,11 @@ def execute(job: Job, stop: threading.Event) -> str:
         if finished_run(folder):
             return "done"
         (folder / "run.json").write_text(json.dumps(job.about | made_with(job.script), indent=2))
-        command = [sys.executable, str(ROOT / f"{job.script}.py"), *job.command]
+        script = ROOT / f"{job.script}.py"
+        if job.edits:
+            script = folder / script.name
+            script.write_text(edited(job.script, job.edits))
+        command = [sys.executable, str(script), *job.command]
         saved = [*folder.glob("*/checkpoint.pt"), *folder.glob("*/agent.pt")]
         if saved:
             newest = max(saved, key=lambda path: path.stat().st_mtime).parent
@@ -331,7 +347,9 @@ def main(options: Options) -> None:
     """Fills the part of the grid that the options name; exit code 1 if a run failed."""
     if options.dry_run:
         for experiment, _, flags in plan(options):
-            print(f"python {experiment.script}.py {shlex.join(flags)}   # {experiment.suite}: {experiment.source}")
+            edits = f", an edit of the script: {experiment.variant}" if experiment.edits else ""
+            line = f"python {experiment.script}.py {shlex.join(flags)}   # {experiment.suite}: {experiment.source}"
+            print(line + edits)
         return
     jobs, stop, signals = jobs_of(options), threading.Event(), []
     left = [job for job in jobs if not finished_run(Path(job.folder))]

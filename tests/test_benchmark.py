@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib
+import importlib.util
 import json
 import operator
 import os
@@ -226,6 +227,39 @@ def test_track_names_group_and_tags(monkeypatch, tmp_path):
     (work,) = run.jobs_of(dataclasses.replace(options, runs_dir=tmp_path))
     assert "--track" in work.command and work.env["WANDB_TAGS"] == "ablation,ppo,HalfCheetah-v5,one-env"
     assert work.command[work.command.index("--wandb-group") + 1] == "ppo__HalfCheetah-v5__1000000__one-env"
+
+
+def test_the_edits_of_an_ablation_change_a_script_that_still_trains(tmp_path):
+    run, experiments = module("run"), module("experiments").EXPERIMENTS
+    texts = {"plain": (ROOT / "ppo.py").read_text()}
+    texts |= {e.variant: run.edited(e.script, e.edits) for e in experiments if e.edits}
+    assert {"default-init", "advantages-every-pass", "scaled-targets"} < set(texts)
+    metrics = {}
+    for name, text in texts.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "ppo.py").write_text(text)
+        spec = importlib.util.spec_from_file_location(f"edited_{len(metrics)}", tmp_path / name / "ppo.py")
+        script = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(script)
+        args = script.Args(env_id="envs:TinyBox-v0", num_envs=2, num_steps=16, update_epochs=2, log_every=1)
+        args = dataclasses.replace(args, total_timesteps=64, eval_episodes=0, norm_reward=False, runs_dir=str(tmp_path))
+        rows = module("collect").read_rows(script.train(args))
+        metrics[name] = [row["losses/value_loss"] for row in rows]
+        del sys.modules[spec.name]
+    del metrics["as-cleanrl"]  # what it edits is what no-bootstrap-at-time-limit edits
+    assert len(set(map(tuple, metrics.values()))) == len(metrics) and all(map(len, metrics.values()))
+
+
+def test_an_edit_that_fits_no_place_is_refused_and_one_that_fits_is_run(tmp_path):
+    run = module("run")
+    with pytest.raises(ValueError, match="0 times"):
+        run.edited("ppo", (("no such text", ""),))
+    with pytest.raises(ValueError, match="times"):
+        run.edited("ppo", (("self", "this"),))
+    train = "    train(tyro.cli(Args))"
+    work = job(tmp_path)._replace(edits=((train, f"    print('edited')\n{train}"),))
+    assert run.execute(work, threading.Event()) == "done"
+    assert "edited" in Path(work.folder, "log.txt").read_text()
 
 
 @pytest.mark.slow
