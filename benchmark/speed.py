@@ -350,9 +350,9 @@ def report(speeds: dict[tuple, dict[int, float]]) -> None:
                 continue
             threads, values = best[runner]
             cells = [case, about, str(threads), spread(values.values(), ",.0f")]
-            cells.append(spread(ratios(best["rungs"][1], values), ".2f") if best["rungs"] else "")
             fastest = max(ours, key=lambda x: statistics.median(x.values())) if ours else {}
-            cells.append(spread(ratios(fastest, values), ".2f") if ours else "")
+            for mine in (best["rungs"][1] if best["rungs"] else {}, fastest):
+                cells.append("" if mine is values else spread(ratios(mine, values), ".2f"))
             limit = best["limit"] and statistics.median(best["limit"][1].values())
             cells.append(f"{statistics.median(values.values()) / limit:.0%}" if limit else "")
             print(f"| {' | '.join(cells)} |")
@@ -392,8 +392,9 @@ def draw(speeds: dict[tuple, dict[int, float]], path: Path) -> None:
                 x = place + 0.2 * (offset - 1.5)
                 axes.bar(x, middle, 0.19, yerr=error, color=f"C{offset}", label=about if place == 0 else None)
     axes.set_xticks(range(len(cases)), cases, rotation=20, ha="right")
-    axes.set_ylabel("steps/s, relative to Stable-Baselines3")
-    axes.legend()
+    axes.set_ylabel("steps/s relative to Stable-Baselines3")
+    axes.axhline(1, color="black", linewidth=0.5)
+    figure.legend(loc="outside upper center", ncols=len(RUNNERS))
     figure.savefig(path, dpi=150)
 
 

@@ -241,7 +241,7 @@ def test_the_edits_of_an_ablation_change_a_script_that_still_trains(tmp_path):
         spec = importlib.util.spec_from_file_location(f"edited_{len(metrics)}", tmp_path / name / "ppo.py")
         script = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(script)
-        args = script.Args(env_id="envs:TinyBox-v0", num_envs=2, num_steps=16, update_epochs=2, log_every=1)
+        args = script.Args(env_id="tests.envs:BoxTiny-v0", num_envs=2, num_steps=16, update_epochs=2, log_every=1)
         args = dataclasses.replace(args, total_timesteps=64, eval_episodes=0, norm_reward=False, runs_dir=str(tmp_path))
         rows = module("collect").read_rows(script.train(args))
         metrics[name] = [row["losses/value_loss"] for row in rows]
