@@ -206,11 +206,11 @@ class RewardScaler(nn.Module):
 
     def forward(self, reward: Tensor, done: Tensor) -> Tensor:
         """Rewards (T, N) in, rewards (T, N) out; the discounted return begins anew at both kinds of end."""
-        returns = torch.empty_like(reward)
-        for t in range(len(reward)):
-            returns[t] = reward[t] + self.gamma * self.running_return
-            self.running_return = returns[t] * ~done[t]
-        self.statistics.update(returns.reshape(-1, 1))
+        returns = []
+        for reward_t, done_t in zip(reward, done):
+            returns.append(reward_t + self.gamma * self.running_return)
+            self.running_return = returns[-1] * ~done_t
+        self.statistics.update(torch.stack(returns).reshape(-1, 1))
         return reward * (self.statistics.var + 1e-8).rsqrt()
 
 
@@ -279,11 +279,10 @@ def stack(steps: list[tuple[np.ndarray, ...]], device: torch.device) -> Rollout:
 @torch.no_grad()
 def discounted_sum(x: Tensor, discount: Tensor) -> Tensor:
     """y_t = x_t + discount_t y_{t+1}, from the last row to the first, with 0 after the last; all (T, N)."""
-    y = torch.empty_like(x)
-    following = torch.zeros_like(x[0])
-    for t in reversed(range(len(x))):
-        y[t] = following = x[t] + discount[t] * following
-    return y
+    y = [torch.zeros_like(x[0])]
+    for x_t, discount_t in zip(reversed(x), reversed(discount)):
+        y.append(x_t + discount_t * y[-1])
+    return torch.stack(y[:0:-1])
 
 
 @torch.no_grad()
@@ -333,14 +332,15 @@ def ppo_update(agent, optimizer, rollout: Rollout, args: Args, gradients=ppo_gra
     """Maximises L(theta) in `update_epochs` passes over the rollout; returns the mean of what `ppo_loss` logs."""
     with torch.no_grad():
         old_log_prob, _ = agent.log_prob(rollout.obs, rollout.action)
-        value, next_value = agent.value(rollout.obs), agent.value(rollout.next_obs)
+        value, next_value = agent.value(torch.stack([rollout.obs, rollout.next_obs]))  # at once: fewer calls
     advantage = gae(rollout, value, next_value, args.gamma, args.gae_lambda)
     target = advantage + value
     batch = [x.flatten(0, 1) for x in (rollout.obs, rollout.action, old_log_prob, value, target, advantage)]
     logs = []
     for _ in range(args.update_epochs):
-        for indices in torch.randperm(target.numel(), device=target.device).chunk(args.num_minibatches):
-            *others, adv = (x[indices] for x in batch)
+        order = torch.randperm(target.numel(), device=target.device)
+        for minibatch in zip(*(x[order].chunk(args.num_minibatches) for x in batch)):
+            *others, adv = minibatch
             if args.norm_adv:  # here and not in the loss, which sees only a share of the minibatch under torchrun
                 adv = (adv - adv.mean()) / (adv.std() + 1e-8)
             optimizer.zero_grad()

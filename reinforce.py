@@ -194,11 +194,11 @@ class RewardScaler(nn.Module):
 
     def forward(self, reward: Tensor, done: Tensor) -> Tensor:
         """Rewards (T, N) in, rewards (T, N) out; the discounted return begins anew at both kinds of end."""
-        returns = torch.empty_like(reward)
-        for t in range(len(reward)):
-            returns[t] = reward[t] + self.gamma * self.running_return
-            self.running_return = returns[t] * ~done[t]
-        self.statistics.update(returns.reshape(-1, 1))
+        returns = []
+        for reward_t, done_t in zip(reward, done):
+            returns.append(reward_t + self.gamma * self.running_return)
+            self.running_return = returns[-1] * ~done_t
+        self.statistics.update(torch.stack(returns).reshape(-1, 1))
         return reward * (self.statistics.var + 1e-8).rsqrt()
 
 
@@ -267,11 +267,10 @@ def stack(steps: list[tuple[np.ndarray, ...]], device: torch.device) -> Rollout:
 @torch.no_grad()
 def discounted_sum(x: Tensor, discount: Tensor) -> Tensor:
     """y_t = x_t + discount_t y_{t+1}, from the last row to the first, with 0 after the last; all (T, N)."""
-    y = torch.empty_like(x)
-    following = torch.zeros_like(x[0])
-    for t in reversed(range(len(x))):
-        y[t] = following = x[t] + discount[t] * following
-    return y
+    y = [torch.zeros_like(x[0])]
+    for x_t, discount_t in zip(reversed(x), reversed(discount)):
+        y.append(x_t + discount_t * y[-1])
+    return torch.stack(y[:0:-1])
 
 
 @torch.no_grad()
@@ -314,7 +313,7 @@ def reinforce_update(agent, optimizer, rollout: Rollout, args: Args, gradients=r
     value = next_value = torch.zeros_like(rollout.reward)
     if args.baseline == "value":
         with torch.no_grad():
-            value, next_value = agent.value(rollout.obs), agent.value(rollout.next_obs)
+            value, next_value = agent.value(torch.stack([rollout.obs, rollout.next_obs]))  # at once: fewer calls
     target = reward_to_go(rollout, next_value, args.gamma)
     advantage = target - (mean_of_others(target, played) if args.baseline == "mean" else value)
     batch = [x[played] for x in (rollout.obs, rollout.action, target, advantage)]

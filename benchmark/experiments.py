@@ -194,7 +194,7 @@ ADVANTAGES = """\
 EVERY_PASS = """\
     for _ in range(args.update_epochs):
         with torch.no_grad():
-            value, next_value = agent.value(rollout.obs), agent.value(rollout.next_obs)
+            value, next_value = agent.value(torch.stack([rollout.obs, rollout.next_obs]))
         advantage = gae(rollout, value, next_value, args.gamma, args.gae_lambda)
         batch[3:] = (x.flatten(0, 1) for x in (value, advantage + value, advantage))
 """

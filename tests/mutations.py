@@ -127,9 +127,9 @@ MUTATIONS = [
         'self.register_buffer("mean", torch.zeros(size))',
         'self.register_buffer("mean", torch.zeros(size), persistent=False)',
     ),
-    Mutation("scaler: no end of an episode", "*", "= returns[t] * ~done[t]", "= returns[t]"),
-    Mutation("scaler: sum without gamma", "*", "reward[t] + self.gamma * self.running", "reward[t] + self.running"),
-    Mutation("scaler: deviation of rewards", "*", "update(returns.reshape(-1, 1))", "update(reward.reshape(-1, 1))"),
+    Mutation("scaler: no end of an episode", "*", "= returns[-1] * ~done_t", "= returns[-1]"),
+    Mutation("scaler: sum without gamma", "*", "reward_t + self.gamma * self.running", "reward_t + self.running"),
+    Mutation("scaler: deviation of rewards", "*", "torch.stack(returns).reshape", "reward.reshape"),
     Mutation(
         "scaler: rewards centred as well",
         "*",
@@ -237,14 +237,12 @@ MUTATIONS = [
     Mutation(
         "gae: no gamma in delta", "a2c.py ppo.py", "rollout.reward + gamma * next_value", "rollout.reward + next_value"
     ),
-    Mutation(
-        "discounted sum: discount of the row before", "*", "discount[t] * following", "discount[t - 1] * following"
-    ),
+    Mutation("discounted sum: discount of the row before", "*", "reversed(discount)", "reversed(discount.roll(1, 0))"),
     Mutation(
         "the next value is that of the next row",
         POLICY_GRADIENT,
-        "agent.value(rollout.obs), agent.value(rollout.next_obs)",
-        "agent.value(rollout.obs), agent.value(rollout.obs).roll(-1, 0)",
+        "[rollout.obs, rollout.next_obs]",
+        "[rollout.obs, rollout.obs.roll(-1, 0)]",
     ),
     Mutation(
         "the target of the value is the advantage", "a2c.py ppo.py", "target = advantage + value", "target = advantage"
@@ -356,10 +354,8 @@ MUTATIONS = [
         "PPO: one order for all epochs",
         "ppo.py",
         "    for _ in range(args.update_epochs):\n"
-        "        for indices in torch.randperm(target.numel(), device=target.device).chunk(args.num_minibatches):\n",
-        "    order = torch.randperm(target.numel(), device=target.device)\n"
-        "    for _ in range(args.update_epochs):\n"
-        "        for indices in order.chunk(args.num_minibatches):\n",
+        "        order = torch.randperm(target.numel(), device=target.device)\n",
+        "    order = torch.randperm(target.numel(), device=target.device)\n    for _ in range(args.update_epochs):\n",
     ),
     Mutation(
         "PPO: steps drawn with replacement",
