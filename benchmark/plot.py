@@ -1,6 +1,7 @@
 """Figures and tables: learning curves, final returns beside published ones, aggregates over environments.
 
     python benchmark/plot.py                              # of the committed results
+    python benchmark/plot.py --readme README.md           # and put the tables there
     python benchmark/plot.py --runs-dir runs/benchmark    # of a folder of runs, those of the scripts alone too
     python benchmark/plot.py --wandb entity/project       # of a project on Weights & Biases
 
@@ -24,6 +25,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).resolve().parent
+FEWEST = 3  # seeds that an environment needs to count in an aggregate
 COLORS = dict(zip(SCRIPTS, plt.colormaps["tab10"].colors))
 
 
@@ -35,6 +37,7 @@ class Options:
     published: Path = HERE / "published.csv"  # what to compare with
     out: Path = HERE / "figures"  # where the figures and the tables go
     tuning: bool = False  # of a folder of runs, those with the seeds on which settings are chosen
+    readme: Path | None = None  # a file to put the tables into as well, between its two comments about results
     reps: int = 2_000  # bootstrap samples of the aggregates
 
 
@@ -169,7 +172,7 @@ def results_table(results: pd.DataFrame, published: pd.DataFrame) -> str:
         name = f"{script}: `{variant}`" if variant else script
         speed = f"{runs['steps_per_s'].median():,.0f}"
         lines.append(f"| {env_id} | {name} | {steps:,} | {text} | {seeds} | {speed} | {theirs} | {source} |")
-    if any("* |" in line for line in lines):
+    if set(results["seed"]) & set(CHOOSE):
         lines += ["", "\\* among these are the seeds on which the settings were chosen."]
     return "\n".join(lines)
 
@@ -178,10 +181,11 @@ def scores_of(runs: pd.DataFrame) -> dict[tuple, dict[str, np.ndarray]]:
     """Scores (runs, environments) by script, for each group of scripts that can be compared; 0 is a random policy.
 
     Those are scripts of one side of the family that were run on the same environments of a suite. 1 is the best mean
-    among them. Where a script has several budgets on an environment, the smallest counts.
+    among them. Where a script has several budgets on an environment, the smallest counts, if it has FEWEST seeds.
     """
     runs = runs[(runs["variant"] == "") & runs["env_id"].isin(ENVIRONMENTS)]
     runs = runs[runs["steps"] == runs.groupby(["script", "env_id"])["steps"].transform("min")]
+    runs = runs[runs.groupby(["script", "env_id"])["seed"].transform("size") >= FEWEST]
     groups = {}
     for (suite, script), part in runs.groupby([runs["env_id"].map(suite_of), "script"]):
         returns = {e: part[part["env_id"] == e]["return"].to_numpy() for e in ENVIRONMENTS if e in set(part["env_id"])}
@@ -230,6 +234,16 @@ def aggregates(runs: pd.DataFrame, reps: int) -> str:
     return "\n".join(lines)
 
 
+def put_into(path: Path, text: str) -> None:
+    """Replaces what is between the comments `results` and `end of results` in a Markdown file."""
+    begin, end = "<!-- results -->\n", "<!-- end of results -->"
+    page = path.read_text() if path.exists() else ""
+    if not (begin in page and end in page.split(begin, 1)[1]):
+        fail(f"--readme {path}: no lines {begin.strip()} and {end} to put the tables between")
+    before, after = page.split(begin, 1)
+    path.write_text(before + begin + "\n" + text + "\n\n" + end + after.split(end, 1)[1])
+
+
 def main(options: Options) -> None:
     """Draws the curves, and writes and prints the tables."""
     runs = load(options)
@@ -243,6 +257,8 @@ def main(options: Options) -> None:
         draw_curves(runs[cells.isin(cells[runs["variant"] != ""])], options.out / "curves-variants.png")
     text = results_table(runs, published) + "\n\n" + aggregates(runs, options.reps)
     (options.out / "results.md").write_text(text.strip() + "\n")
+    if options.readme:
+        put_into(options.readme, text.strip())
     print(text.strip())
 
 

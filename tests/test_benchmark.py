@@ -410,15 +410,40 @@ def test_figures_and_tables(plot, tmp_path, capsys):
         "| Hopper-v5 | sac | 100,000 | **5,012** (5,011 to 5,014) | 11–12, 14 | 200 | 2,613 ± 990.8, 10 runs |" in text
     )
     assert "| Hopper-v5 | sac: `no-autotune` | 100,000 | 5,014 | 3* |" in text and "settings were chosen" in text
+    one = plot.load(plot.Options(tables=tmp_path)).query("env_id == 'Hopper-v5' and script == 'sac' and seed == 11")
+    bold = plot.results_table(one, plot.pd.read_csv(plot.Options().published))
+    assert "| **5,011** | 11 |" in bold and "settings were chosen" not in bold
     assert "| sac | 1.00 (1.00 to 1.00) | 3 |" in text and "| sac > td3 | 1.00 (1.00 to 1.00) |" in text
     for name in ("curves-mujoco.png", "curves-variants.png"):
         assert (tmp_path / "figures" / name).stat().st_size > 10_000
+
+
+def test_the_tables_go_into_a_page_between_its_comments(plot, tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text("above\n<!-- results -->\nold\n<!-- end of results -->\nbelow\n")
+    for text in ("| old |", "| new |"):
+        plot.put_into(page, text)
+    assert page.read_text() == "above\n<!-- results -->\n\n| new |\n\n<!-- end of results -->\nbelow\n"
+    page.write_text("<!-- end of results -->\n<!-- results -->\n")
+    with pytest.raises(SystemExit):
+        plot.put_into(page, "| lost |")
+    assert page.read_text() == "<!-- end of results -->\n<!-- results -->\n"
+
+
+def test_the_readme_has_the_committed_results():
+    page, tables = (ROOT / "README.md").read_text(), (ROOT / "benchmark/figures/results.md").read_text()
+    assert f"<!-- results -->\n\n{tables}\n<!-- end of results -->" in page
+    for figure in (ROOT / "benchmark/figures").glob("*.png"):
+        assert f"benchmark/figures/{figure.name}" in page
 
 
 def test_scores_put_a_random_policy_at_0_and_the_best_mean_at_1(plot, tmp_path):
     fake_tables(tmp_path)
     (group,) = plot.scores_of(plot.load(plot.Options(tables=tmp_path))).values()
     zero = module("experiments").ENVIRONMENTS["Hopper-v5"][1]
+    runs = plot.load(plot.Options(tables=tmp_path))
+    few = runs[~((runs["script"] == "td3") & (runs["env_id"] == "Hopper-v5") & (runs["seed"] == 11))]
+    assert all("td3" not in scripts for scripts in plot.scores_of(few).values()), "two seeds are too few"
     assert group["sac"].mean(0) == pytest.approx([1, 1]) and group["td3"].shape == (3, 2)
     assert group["td3"][0, 1] == pytest.approx((3011 - zero) / (5000 + 37 / 3 - zero))
 
