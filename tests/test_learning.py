@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PENDULUM = "--env-id Pendulum-v1 --total-timesteps 200000 --gamma 0.9 --learning-rate 1e-3 --num-steps 256 "
 PENDULUM += "--update-epochs 10 --num-minibatches 16"
 HALFCHEETAH = "--env-id HalfCheetah-v5 --total-timesteps 1000000 --num-envs 64 --num-steps 32 --update-epochs 10 "
-HALFCHEETAH += "--num-minibatches 32 --learning-rate 3e-4"
+HALFCHEETAH += "--num-minibatches 32 --learning-rate 3e-4 --init-log-std -1"
 
 HALFCHEETAH_100K = "--env-id HalfCheetah-v5 --total-timesteps 100000 --learning-starts "
 ACROBOT = "--env-id Acrobot-v1 --total-timesteps 100000"
