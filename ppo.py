@@ -339,8 +339,7 @@ def ppo_update(agent, optimizer, rollout: Rollout, args: Args, gradients=ppo_gra
     logs = []
     for _ in range(args.update_epochs):
         order = torch.randperm(target.numel(), device=target.device)
-        for minibatch in zip(*(x[order].chunk(args.num_minibatches) for x in batch)):
-            *others, adv = minibatch
+        for *others, adv in zip(*(x[order].chunk(args.num_minibatches) for x in batch)):
             if args.norm_adv:  # here and not in the loss, which sees only a share of the minibatch under torchrun
                 adv = (adv - adv.mean()) / (adv.std() + 1e-8)
             optimizer.zero_grad()

@@ -211,7 +211,7 @@ ABLATION = {
     "one-env": ("--num-envs 1 --num-steps 2048", ()),
     "8-envs": ("--num-envs 8 --num-steps 256", ()),
     "log-std-0": ("--init-log-std 0", ()),
-    "log-std-0.5": ("--init-log-std -0.5", ()),
+    "log-std-minus-0.5": ("--init-log-std -0.5", ()),
     "clip-vloss": ("--clip-vloss", ()),
     "no-norm-adv": ("--no-norm-adv", ()),
     "no-norm-obs": ("--no-norm-obs", ()),

@@ -197,7 +197,7 @@ def scores_of(runs: pd.DataFrame) -> dict[tuple, dict[str, np.ndarray]]:
         span = np.max([[x.mean() for x in returns] for returns in scripts.values()], axis=0) - zero
         for script in scripts:
             scripts[script] = (np.stack(scripts[script], axis=1) - zero) / np.where(span > 0, span, 1)
-    return {group: scripts for group, scripts in groups.items() if len(group[2]) > 1}
+    return {group: scripts for group, scripts in groups.items() if len(group[2]) > 1 and len(scripts) > 1}
 
 
 def aggregates(runs: pd.DataFrame, reps: int) -> str:

@@ -444,6 +444,7 @@ def test_scores_put_a_random_policy_at_0_and_the_best_mean_at_1(plot, tmp_path):
     runs = plot.load(plot.Options(tables=tmp_path))
     few = runs[~((runs["script"] == "td3") & (runs["env_id"] == "Hopper-v5") & (runs["seed"] == 11))]
     assert all("td3" not in scripts for scripts in plot.scores_of(few).values()), "two seeds are too few"
+    assert not plot.scores_of(runs[runs["script"] == "sac"]), "a script alone is compared with nothing"
     assert group["sac"].mean(0) == pytest.approx([1, 1]) and group["td3"].shape == (3, 2)
     assert group["td3"][0, 1] == pytest.approx((3011 - zero) / (5000 + 37 / 3 - zero))
 
