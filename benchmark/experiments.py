@@ -114,7 +114,7 @@ def box2d(seeds: int = 5) -> list[Experiment]:
     lander, continuous, walker = "LunarLander-v3", "LunarLanderContinuous-v3", "BipedalWalker-v3"
     zoo_dqn = (
         "--learning-rate 6.3e-4 --batch-size 128 --buffer-size 50000 --train-frequency 4 --gradient-steps 4 "
-        "--exploration-fraction 0.12 --end-e 0.1"
+        "--exploration-fraction 0.12 --end-e 0.1 --huber-delta 1 --no-anneal-lr"
     )
     zoo_ppo = (
         "--num-envs 16 --num-steps 1024 --num-minibatches 256 --gae-lambda 0.98 --gamma 0.999 --ent-coef 0.01 "
@@ -124,7 +124,7 @@ def box2d(seeds: int = 5) -> list[Experiment]:
         "--num-envs 32 --num-steps 2048 --num-minibatches 1024 --update-epochs 10 --gamma 0.999 --learning-rate 3e-4 "
         "--clip-coef 0.18"
     )
-    zoo_a2c = "--num-envs 8 --gamma 0.995 --learning-rate 8.3e-4 --ent-coef 1e-5"
+    zoo_a2c = "--num-envs 8 --gamma 0.995 --learning-rate 8.3e-4 --ent-coef 1e-5 --no-norm-obs --no-norm-reward"
     zoo_a2c_continuous = "--num-envs 4 --num-steps 8 --gae-lambda 0.9 --vf-coef 0.4"
     zoo_a2c_walker = "--num-envs 16 --num-steps 8 --gae-lambda 0.9 --vf-coef 0.4 --learning-rate 9.6e-4"
     zoo_ddpg = "--gamma 0.98 --buffer-size 200000 --learning-starts 10000"
