@@ -100,12 +100,14 @@ def draw_curves(runs: pd.DataFrame, path: Path) -> None:
     env_ids = sorted(runs["env_id"].unique(), key=lambda env_id: sort_key((env_id, 0, "", "")))
     columns = min(3, len(env_ids))
     rows = math.ceil(len(env_ids) / columns)
-    size = (4.5 * columns, 3.2 * rows + 0.5)
+    ablation = bool(runs["variant"].any())
+    size = (4.5 * columns + 2 * ablation, 3.2 * rows + 0.5)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat[len(env_ids) :]:
         axis.axis("off")
     labels = {}
     for axis, env_id in zip(axes.flat, env_ids):
+        axis.set_prop_cycle(color=matplotlib.colormaps["tab20"].colors)
         panel = runs[runs["env_id"] == env_id]
         panel = panel[panel["steps"] == panel.groupby("script")["steps"].transform("max")]
         cells = dict(list(panel.groupby(["env_id", "steps", "script", "variant"])))
@@ -126,7 +128,11 @@ def draw_curves(runs: pd.DataFrame, path: Path) -> None:
         axis.tick_params(labelsize=8)
     figure.supxlabel("steps", fontsize=9)
     figure.supylabel("training return", fontsize=9)
-    figure.legend(labels.values(), labels, loc="outside upper center", ncols=7 if columns > 1 else 3, fontsize=8)
+    if ablation:  # as many lines as variants: a column, in the order of where they end
+        labels = dict(sorted(labels.items(), key=lambda label: -label[1].get_ydata()[-1]))
+        figure.legend(labels.values(), labels, loc="outside right upper", fontsize=8)
+    else:
+        figure.legend(labels.values(), labels, loc="outside upper center", ncols=7 if columns > 1 else 3, fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
