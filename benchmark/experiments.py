@@ -173,7 +173,7 @@ def mujoco(suite: str, scripts: tuple[str, ...], steps: int, seeds: int) -> list
         for script in scripts:
             flags, source = MUJOCO[script]
             if script in ("a2c", "ppo") and env_id == "HalfCheetah-v5":
-                flags = f"{flags} {CHEETAH}"
+                flags, source = f"{flags} {CHEETAH}", "README"
             if env_id == "Swimmer-v5":  # whose reward is far away; in the Zoo for PPO and SAC
                 flags, source = f"{flags} --gamma 0.9999", f"{source}, gamma of RL Zoo"
             experiments.append(Experiment(suite, script, env_id, steps, flags, source, seeds))

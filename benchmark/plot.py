@@ -128,11 +128,11 @@ def draw_curves(runs: pd.DataFrame, path: Path) -> None:
         axis.tick_params(labelsize=8)
     figure.supxlabel("steps", fontsize=9)
     figure.supylabel("training return", fontsize=9)
+    place = dict(loc="outside upper center", ncols=7 if columns > 1 else 3)
     if ablation:  # as many lines as variants: a column, in the order of where they end
         labels = dict(sorted(labels.items(), key=lambda label: -label[1].get_ydata()[-1]))
-        figure.legend(labels.values(), labels, loc="outside right upper", fontsize=8)
-    else:
-        figure.legend(labels.values(), labels, loc="outside upper center", ncols=7 if columns > 1 else 3, fontsize=8)
+        place = dict(loc="outside right upper")
+    figure.legend(labels.values(), labels, fontsize=8, **place)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

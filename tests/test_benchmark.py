@@ -418,6 +418,23 @@ def test_figures_and_tables(plot, tmp_path, capsys):
         assert (tmp_path / "figures" / name).stat().st_size > 10_000
 
 
+def test_a_legend_of_every_variant_fits_its_figure(plot, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(plot.plt, "close", shown.append)
+    names = ["", *module("experiments").ABLATION]
+    run = {"script": "ppo", "env_id": "HalfCheetah-v5", "steps": 1_000_000}
+    runs = [run | {"variant": name, "curve": [end + x for x in range(40)]} for end, name in enumerate(names)]
+    plot.draw_curves(plot.pd.DataFrame(runs), tmp_path / "variants.png")
+    (figure,) = shown
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+    assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1
+    assert [text.get_text() for text in legend.get_texts()] == [f"ppo {name}".strip() for name in reversed(names)]
+    lines = [line.get_color() for line in figure.axes[0].get_lines()]
+    assert len(set(lines)) == len(names)
+
+
 def test_the_tables_go_into_a_page_between_its_comments(plot, tmp_path):
     page = tmp_path / "README.md"
     page.write_text("above\n<!-- results -->\nold\n<!-- end of results -->\nbelow\n")
