@@ -203,7 +203,7 @@ SCALED_TARGETS = """\
     std = (agent.return_statistics.var + 1e-8).sqrt()
     advantage = gae(rollout, value * std, next_value * std, args.gamma, args.gae_lambda)
     returns = advantage + value * std
-    target = advantage + value
+    target = returns / std
     agent.return_statistics.update(returns.reshape(-1, 1))
 """
 SCALER = "self.reward_scaler = RewardScaler(args.gamma) if args.norm_reward else None"

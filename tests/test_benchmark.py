@@ -15,7 +15,10 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import gymnasium as gym
+import numpy as np
 import pytest
+import torch
 import tyro
 from conftest import ROOT, SCRIPTS, environment
 
@@ -229,23 +232,86 @@ def test_track_names_group_and_tags(monkeypatch, tmp_path):
     assert work.command[work.command.index("--wandb-group") + 1] == "ppo__HalfCheetah-v5__1000000__one-env"
 
 
-def test_the_edits_of_an_ablation_change_a_script_that_still_trains(tmp_path):
+@pytest.fixture
+def edited_ppo(tmp_path):
+    """Makes the module of ppo.py as a variant of the ablation has it, by the variant's name."""
+    made = []
+
+    def make(name, text):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "ppo.py").write_text(text)
+        spec = importlib.util.spec_from_file_location(f"edited_{len(made)}", tmp_path / name / "ppo.py")
+        script = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        made.append(spec.name)
+        spec.loader.exec_module(script)
+        return script
+
+    yield make
+    for name in made:
+        del sys.modules[name]
+
+
+def edits_of(variant):
+    return next(e.edits for e in module("experiments").EXPERIMENTS if e.variant == variant)
+
+
+def minibatches_of(script, args, var=None):
+    """The minibatches of an update on one rollout, in float64, by a policy that does not move."""
+    torch.manual_seed(0)
+    space = gym.spaces.Box(-1, 1, (2,), np.float32)
+    obs_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)
+    envs = SimpleNamespace(single_observation_space=obs_space, single_action_space=space, num_envs=2)
+    agent = script.Agent(envs, args, torch.device("cpu")).double()
+    if var is not None:
+        agent.return_statistics.var[:] = var
+    numbers = torch.randn(4, 8, 2, 3, dtype=torch.float64)
+    done = torch.rand(8, 2) < 0.3
+    rollout = script.Rollout(numbers[0], numbers[1, ..., :2], numbers[2, ..., 0], numbers[3], done, done)
+    seen = []
+
+    def gradients(agent, args, batch):
+        seen.append(batch)
+        agent.critic[-1].bias.data += 1.0  # as if V had learned
+        return {"losses/approx_kl": torch.zeros(())}
+
+    optimizer = torch.optim.SGD(agent.parameters(), lr=0.0)
+    script.ppo_update(agent, optimizer, rollout, args, gradients)
+    return seen, agent
+
+
+def test_scaled_targets_are_returns_over_their_standard_deviation(edited_ppo):
+    """The critic learns R / std, where A = R - std V of GAE; only then the variance takes up the returns."""
+    script = edited_ppo("scaled-targets", module("run").edited("ppo", edits_of("scaled-targets")))
+    args = script.Args(norm_reward=False, norm_obs=False, norm_adv=False, update_epochs=1, num_minibatches=1)
+    ((_, _, _, value, target, advantage),), agent = minibatches_of(script, args, var=9.0)
+    torch.testing.assert_close(3 * target, advantage + 3 * value)
+    assert agent.return_statistics.var.item() == pytest.approx((3 * target).var(correction=0).item())
+
+
+def test_advantages_of_every_pass_are_those_of_the_critic_as_it_is(edited_ppo):
+    """Where V has grown by 1 everywhere, delta = r + gamma V' - V falls by 1 - gamma, by 1 where it ends."""
+    script = edited_ppo("every-pass", module("run").edited("ppo", edits_of("advantages-every-pass")))
+    options = dict(norm_reward=False, norm_obs=False, norm_adv=False, update_epochs=2, num_minibatches=1)
+    (first, second), _ = minibatches_of(script, script.Args(gae_lambda=0.0, gamma=0.9, **options))
+    by_reward = [dict(zip(batch[0][:, 0].tolist(), zip(*(x.tolist() for x in batch[3:])))) for batch in (first, second)]
+    falls = {round(by_reward[0][key][2] - by_reward[1][key][2], 6) for key in by_reward[0]}
+    assert falls == {0.1, 1.0}
+    for value, target, advantage in by_reward[1].values():
+        assert target == pytest.approx(value + advantage)
+
+
+def test_the_edits_of_an_ablation_change_a_script_that_still_trains(tmp_path, edited_ppo):
     run, experiments = module("run"), module("experiments").EXPERIMENTS
     texts = {"plain": (ROOT / "ppo.py").read_text()}
     texts |= {e.variant: run.edited(e.script, e.edits) for e in experiments if e.edits}
     assert {"default-init", "advantages-every-pass", "scaled-targets"} < set(texts)
     metrics = {}
     for name, text in texts.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "ppo.py").write_text(text)
-        spec = importlib.util.spec_from_file_location(f"edited_{len(metrics)}", tmp_path / name / "ppo.py")
-        script = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(script)
+        script = edited_ppo(name, text)
         args = script.Args(env_id="tests.envs:BoxTiny-v0", num_envs=2, num_steps=16, update_epochs=2, log_every=1)
         args = dataclasses.replace(args, total_timesteps=64, eval_episodes=0, norm_reward=False, runs_dir=str(tmp_path))
         rows = module("collect").read_rows(script.train(args))
         metrics[name] = [row["losses/value_loss"] for row in rows]
-        del sys.modules[spec.name]
     del metrics["as-cleanrl"]  # what it edits is what no-bootstrap-at-time-limit edits
     assert len(set(map(tuple, metrics.values()))) == len(metrics) and all(map(len, metrics.values()))
 
