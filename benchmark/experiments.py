@@ -114,7 +114,7 @@ def box2d(seeds: int = 5) -> list[Experiment]:
     lander, continuous, walker = "LunarLander-v3", "LunarLanderContinuous-v3", "BipedalWalker-v3"
     zoo_dqn = (
         "--learning-rate 6.3e-4 --batch-size 128 --buffer-size 50000 --train-frequency 4 --gradient-steps 4 "
-        "--exploration-fraction 0.12 --end-e 0.1 --huber-delta 1 --no-anneal-lr"
+        "--exploration-fraction 0.12 --end-e 0.1 --huber-delta 1 --no-anneal-lr --wide"
     )
     zoo_ppo = (
         "--num-envs 16 --num-steps 1024 --num-minibatches 256 --gae-lambda 0.98 --gamma 0.999 --ent-coef 0.01 "
@@ -182,7 +182,7 @@ def mujoco(suite: str, scripts: tuple[str, ...], steps: int, seeds: int) -> list
     return experiments
 
 
-# What PPO owes to each detail on HalfCheetah-v5: what a variant adds to the flags of `base`, and its edits of ppo.py where
+# What PPO owes to each detail on HalfCheetah-v5: what a variant adds to the flags of `base`, and edits of ppo.py where
 # there is no flag, as pairs of what is there and what takes its place. The suite mujoco has `base` with CHEETAH_PPO.
 NO_BOOTSTRAP = (("next_value * ~rollout.terminated - value", "next_value * ~rollout.done - value"),)
 ORTHOGONAL = """\
