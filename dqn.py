@@ -106,7 +106,6 @@ class Args:
     huber_delta: float = 100.0  # where l turns linear; the rare, large errors teach what ends an episode: cut none
     double: bool = True  # the network chooses the action of the target, the target network rates it
     dueling: bool = False  # separate value of the state and advantages of the actions
-    wide: bool = False  # 256 units in each of the hidden layers, as in ddpg.py, instead of 120 and 84
 
 
 # ----- networks -------------------------------------------------------------------------------------------------------
@@ -115,12 +114,11 @@ class Args:
 class QNetwork(nn.Module):
     """Q(s, a): the value of each action a in state s."""
 
-    def __init__(self, obs_dim: int, actions: int, dueling: bool, wide: bool):
+    def __init__(self, obs_dim: int, actions: int, dueling: bool):
         super().__init__()
-        first, second = (256, 256) if wide else (120, 84)
-        self.hidden = nn.Sequential(nn.Linear(obs_dim, first), nn.ReLU(), nn.Linear(first, second), nn.ReLU())
-        self.advantage = nn.Linear(second, actions)  # Q itself, if there is no V
-        self.value = nn.Linear(second, 1) if dueling else None
+        self.hidden = nn.Sequential(nn.Linear(obs_dim, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU())
+        self.advantage = nn.Linear(84, actions)  # Q itself, if there is no V
+        self.value = nn.Linear(84, 1) if dueling else None
 
     def forward(self, obs: Tensor) -> Tensor:
         """Q (B, actions) for obs (B, obs_dim)."""
@@ -136,7 +134,7 @@ class Agent(nn.Module):
         super().__init__()
         space = envs.single_action_space
         obs_dim = math.prod(envs.single_observation_space.shape)
-        self.critic = QNetwork(obs_dim, int(space.n), args.dueling, args.wide)
+        self.critic = QNetwork(obs_dim, int(space.n), args.dueling)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.epsilon, self.eval_epsilon = args.start_e, args.eval_epsilon
         self.space = space
@@ -147,7 +145,8 @@ class Agent(nn.Module):
     def act(self, obs: np.ndarray, explore: bool) -> np.ndarray:
         """Actions (N,) for obs (N, obs_dim): those of the highest Q, with the probability epsilon random ones."""
         action = self.critic(as_floats(torch.from_numpy(obs)).to(self.device)).argmax(-1).cpu().numpy()
-        strays = np.random.rand(len(obs)) < (self.epsilon if explore else self.eval_epsilon)
+        epsilon = self.epsilon if explore else self.eval_epsilon
+        strays = np.random.rand(len(obs)) < epsilon
         if strays.any():
             action = np.where(strays, self.random_action(len(obs)), action)
         return action

@@ -114,7 +114,7 @@ def box2d(seeds: int = 5) -> list[Experiment]:
     lander, continuous, walker = "LunarLander-v3", "LunarLanderContinuous-v3", "BipedalWalker-v3"
     zoo_dqn = (
         "--learning-rate 6.3e-4 --batch-size 128 --buffer-size 50000 --train-frequency 4 --gradient-steps 4 "
-        "--exploration-fraction 0.12 --end-e 0.1 --huber-delta 1 --no-anneal-lr --wide"
+        "--exploration-fraction 0.12 --end-e 0.1 --huber-delta 1 --no-anneal-lr"
     )
     zoo_ppo = (
         "--num-envs 16 --num-steps 1024 --num-minibatches 256 --gae-lambda 0.98 --gamma 0.999 --ent-coef 0.01 "

@@ -468,8 +468,8 @@ MUTATIONS = [
     Mutation(
         "DQN: one coin for all environments",
         "dqn.py",
-        "np.random.rand(len(obs)) < (",
-        "np.random.rand() < (",
+        "np.random.rand(len(obs)) < epsilon",
+        "np.random.rand() < epsilon",
     ),
     Mutation("DQN: evaluated with epsilon", "dqn.py", "self.epsilon if explore else self.eval_epsilon", "self.epsilon"),
     Mutation("DQN: the last action is never drawn", "dqn.py", "randint(self.space.n,", "randint(self.space.n - 1,"),

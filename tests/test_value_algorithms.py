@@ -129,15 +129,6 @@ def test_no_gradient_goes_through_the_target(double):
     assert bias.grad.tolist() == pytest.approx(numeric, abs=1e-7)
 
 
-@pytest.mark.parametrize(("wide", "first", "second"), ((False, 120, 84), (True, 256, 256)))
-@pytest.mark.parametrize("dueling", (False, True))
-def test_the_hidden_layers_of_dqn_are_narrow_or_wide(wide, first, second, dueling):
-    agent, _ = make_agent(dqn, obs_dim=3, wide=wide, dueling=dueling)
-    for network in (agent.critic, agent.target_critic):
-        shapes = [tuple(p.shape) for name, p in network.named_parameters() if name.endswith("weight")]
-        assert shapes == [(first, 3), (second, first), (4, second), *([(1, second)] if dueling else [])]
-
-
 def test_dueling_is_the_value_plus_the_advantages_less_their_mean():
     agent, _ = make_agent(dqn, dueling=True)
     obs = torch.randn(5, 3, dtype=torch.float64)
