@@ -35,6 +35,7 @@ class Options:
     wandb: str = ""  # entity/project on Weights & Biases, instead of the committed results
     tables: Path = HERE  # where results.csv and curves.csv are
     published: Path = HERE / "published.csv"  # what to compare with
+    peers: Path = HERE / "peers.csv"  # what a peer returned here, from peers.py
     out: Path = HERE / "figures"  # where the figures and the tables go
     tuning: bool = False  # of a folder of runs, those with the seeds on which settings are chosen
     readme: Path | None = None  # a file to put the tables into as well, between its two comments about results
@@ -183,6 +184,24 @@ def results_table(results: pd.DataFrame, published: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def peers_table(results: pd.DataFrame, peers: pd.DataFrame) -> str:
+    """Our final returns in Markdown beside those of the peer here, for the cells that have both."""
+    lines = ["| environment | script | steps | ours (95 % interval) | seeds | Stable-Baselines3 here | seeds |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    cells = dict(list(peers.groupby(["env_id", "steps", "script"])))
+    for cell in sorted(cells, key=lambda cell: sort_key((*cell, ""))):
+        env_id, steps, script = cell
+        ours = results.query("env_id == @env_id and steps == @steps and script == @script and variant == ''")
+        if ours.empty:
+            continue
+        line = f"| {env_id} | {script} | {steps:,} |"
+        for runs in (ours, cells[cell]):
+            low, high = interval(runs["return"].to_numpy())
+            line += f" {number(runs['return'].mean())} ({number(low)} to {number(high)}) | {ranges(runs['seed'])} |"
+        lines.append(line)
+    return "\n".join(lines)
+
+
 def scores_of(runs: pd.DataFrame) -> dict[tuple, dict[str, np.ndarray]]:
     """Scores (runs, environments) by script, for each group of scripts that can be compared; 0 is a random policy.
 
@@ -261,7 +280,11 @@ def main(options: Options) -> None:
     if len(plain) < len(runs):  # beside their own plain runs
         cells = runs[["script", "env_id", "steps"]].apply(tuple, axis=1)
         draw_curves(runs[cells.isin(cells[runs["variant"] != ""])], options.out / "curves-variants.png")
-    text = results_table(runs, published) + "\n\n" + aggregates(runs, options.reps)
+    parts = [results_table(runs, published), aggregates(runs, options.reps)]
+    if options.peers.exists():
+        about = "Stable-Baselines3 with the settings of RL Zoo on the same environments, evaluated in the same way:"
+        parts.insert(1, f"{about}\n\n{peers_table(runs, pd.read_csv(options.peers))}")
+    text = "\n\n".join(parts)
     (options.out / "results.md").write_text(text.strip() + "\n")
     if options.readme:
         put_into(options.readme, text.strip())

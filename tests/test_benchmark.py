@@ -484,6 +484,32 @@ def test_figures_and_tables(plot, tmp_path, capsys):
         assert (tmp_path / "figures" / name).stat().st_size > 10_000
 
 
+def test_returns_of_a_peer_stand_beside_ours(plot, tmp_path):
+    fake_tables(tmp_path)
+    peers = [{"script": "td3", "env_id": env_id, "steps": 100_000} for env_id in ("Hopper-v5", "Swimmer-v5")]
+    peers = [cell | {"seed": seed, "return": 1000 + seed} for cell in peers for seed in (11, 13)]
+    lines = plot.peers_table(plot.load(plot.Options(tables=tmp_path)), plot.pd.DataFrame(peers)).splitlines()
+    theirs = "1,012 (1,011 to 1,013) | 11, 13 |"
+    assert lines[2:] == [f"| Hopper-v5 | td3 | 100,000 | 3,012 (3,011 to 3,014) | 11–12, 14 | {theirs}"]
+
+
+def test_cases_of_the_peer_are_cells_of_the_grid():
+    peers, experiments = module("peers"), module("experiments").EXPERIMENTS
+    known = {(e.script, e.env_id, e.steps) for e in experiments}
+    assert {case[:3] for case in peers.CASES.values()} <= known
+
+
+def test_a_peer_runs_once_for_each_seed(tmp_path, monkeypatch, capsys):
+    peers = module("peers")
+    monkeypatch.setitem(peers.CASES, "tiny", ("a2c", "CartPole-v1", 100, "A2C", 2, {"learning_rate": "lin_1e-3"}))
+    for seeds in ((11,), (11, 12)):
+        peers.main(peers.Options(cases=("tiny",), seeds=seeds, out=tmp_path / "peers.csv"))
+    header, *rows = (tmp_path / "peers.csv").read_text().splitlines()
+    assert header.split(",") == list(peers.FIELDS) and [row.split(",")[3] for row in rows] == ["11", "12"]
+    assert all(float(row.split(",")[4]) > 0 and "stable-baselines3" in row for row in rows)
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
 def test_a_legend_of_every_variant_fits_its_figure(plot, tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(plot.plt, "close", shown.append)
