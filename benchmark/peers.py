@@ -23,14 +23,20 @@ from speed import append
 # The settings of RL Zoo (DLR-RM/rl-baselines3-zoo, hyperparams/).
 DQN = dict(batch_size=128, exploration_fraction=0.12, exploration_final_eps=0.1, policy_kwargs=dict(net_arch=[256] * 2))
 DQN_LANDER = DQN | dict(learning_rate=6.3e-4, buffer_size=50_000, learning_starts=0, target_update_interval=250)
+DQN_LANDER |= dict(train_freq=4, gradient_steps=-1)
 DQN_CAR = DQN | dict(learning_rate=4e-3, buffer_size=10_000, learning_starts=1_000, target_update_interval=600)
 DQN_CAR |= dict(gamma=0.98, exploration_fraction=0.2, exploration_final_eps=0.07, train_freq=16, gradient_steps=8)
+DQN_POLE = DQN | dict(learning_rate=2.3e-3, batch_size=64, buffer_size=100_000, learning_starts=1_000)
+DQN_POLE |= dict(train_freq=256, gradient_steps=128, target_update_interval=10)
+DQN_POLE |= dict(exploration_fraction=0.16, exploration_final_eps=0.04)
 PPO_PENDULUM = dict(n_steps=1024, gamma=0.9, learning_rate=1e-3, use_sde=True, sde_sample_freq=4)
 LANDER = "LunarLander-v3"
 # name: our script, environment, steps, class of the peer, its environments, its arguments ("lin": annealed to zero)
 CASES = {
     "a2c-LunarLander": ("a2c", LANDER, 200_000, "A2C", 8, dict(gamma=0.995, learning_rate="lin_8.3e-4", ent_coef=1e-5)),
-    "dqn-LunarLander": ("dqn", LANDER, 100_000, "DQN", 1, DQN_LANDER | dict(train_freq=4, gradient_steps=-1)),
+    "dqn-LunarLander": ("dqn", LANDER, 100_000, "DQN", 1, DQN_LANDER),
+    "dqn-Acrobot": ("dqn", "Acrobot-v1", 100_000, "DQN", 1, DQN_LANDER),
+    "dqn-CartPole": ("dqn", "CartPole-v1", 50_000, "DQN", 1, DQN_POLE),
     "dqn-MountainCar": ("dqn", "MountainCar-v0", 120_000, "DQN", 1, DQN_CAR),
     "ppo-Pendulum": ("ppo", "Pendulum-v1", 100_000, "PPO", 4, PPO_PENDULUM),
 }
