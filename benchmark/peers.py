@@ -1,4 +1,4 @@
-"""What Stable-Baselines3 returns here, with the published settings, where a script stays below a published number.
+"""What Stable-Baselines3 returns here, with RL Zoo's settings, where a script stays below a published number.
 
     pip install -r requirements.txt -r benchmark/requirements.txt "gymnasium[box2d]~=1.4.0"
     python benchmark/peers.py                         # every case, seeds 11 to 15
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from collect import fail
 from experiments import EVAL_EPISODES
 from run import made_with
 from speed import append
@@ -76,6 +77,9 @@ def run(case: str, seed: int) -> dict:
 
 def main(options: Options) -> None:
     """Runs what is not in the table yet."""
+    for case in options.cases:
+        if case not in CASES:
+            fail(f"--cases {case}: there are {', '.join(CASES)}")
     done = list(csv.DictReader(options.out.open(newline=""))) if options.out.exists() else []
     for seed in options.seeds:
         for case in options.cases:

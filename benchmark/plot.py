@@ -185,9 +185,11 @@ def results_table(results: pd.DataFrame, published: pd.DataFrame) -> str:
 
 
 def peers_table(results: pd.DataFrame, peers: pd.DataFrame) -> str:
-    """Our final returns in Markdown beside those of the peer here, for the cells that have both."""
-    lines = ["| environment | script | steps | ours (95 % interval) | seeds | Stable-Baselines3 here | seeds |"]
-    lines += ["|---|---|---|---|---|---|---|"]
+    """Our final returns in Markdown beside those of the peer here, for the cells that have both; empty if none has."""
+    head = ["Stable-Baselines3 with the settings of RL Zoo on the same environments, evaluated in the same way:", ""]
+    head += ["| environment | script | steps | ours (95 % interval) | seeds | Stable-Baselines3 here | seeds |"]
+    head += ["|---|---|---|---|---|---|---|"]
+    lines = []
     cells = dict(list(peers.groupby(["env_id", "steps", "script"])))
     for cell in sorted(cells, key=lambda cell: sort_key((*cell, ""))):
         env_id, steps, script = cell
@@ -199,7 +201,7 @@ def peers_table(results: pd.DataFrame, peers: pd.DataFrame) -> str:
             low, high = interval(runs["return"].to_numpy())
             line += f" {number(runs['return'].mean())} ({number(low)} to {number(high)}) | {ranges(runs['seed'])} |"
         lines.append(line)
-    return "\n".join(lines)
+    return "\n".join(head + lines) if lines else ""
 
 
 def scores_of(runs: pd.DataFrame) -> dict[tuple, dict[str, np.ndarray]]:
@@ -280,11 +282,10 @@ def main(options: Options) -> None:
     if len(plain) < len(runs):  # beside their own plain runs
         cells = runs[["script", "env_id", "steps"]].apply(tuple, axis=1)
         draw_curves(runs[cells.isin(cells[runs["variant"] != ""])], options.out / "curves-variants.png")
-    parts = [results_table(runs, published), aggregates(runs, options.reps)]
+    parts = [results_table(runs, published)]
     if options.peers.exists():
-        about = "Stable-Baselines3 with the settings of RL Zoo on the same environments, evaluated in the same way:"
-        parts.insert(1, f"{about}\n\n{peers_table(runs, pd.read_csv(options.peers))}")
-    text = "\n\n".join(parts)
+        parts.append(peers_table(runs, pd.read_csv(options.peers)))
+    text = "\n\n".join(filter(None, [*parts, aggregates(runs, options.reps)]))
     (options.out / "results.md").write_text(text.strip() + "\n")
     if options.readme:
         put_into(options.readme, text.strip())

@@ -488,15 +488,24 @@ def test_returns_of_a_peer_stand_beside_ours(plot, tmp_path):
     fake_tables(tmp_path)
     peers = [{"script": "td3", "env_id": env_id, "steps": 100_000} for env_id in ("Hopper-v5", "Swimmer-v5")]
     peers = [cell | {"seed": seed, "return": 1000 + seed} for cell in peers for seed in (11, 13)]
-    lines = plot.peers_table(plot.load(plot.Options(tables=tmp_path)), plot.pd.DataFrame(peers)).splitlines()
+    runs, peers = plot.load(plot.Options(tables=tmp_path)), plot.pd.DataFrame(peers)
+    lines = plot.peers_table(runs, peers).splitlines()
     theirs = "1,012 (1,011 to 1,013) | 11, 13 |"
-    assert lines[2:] == [f"| Hopper-v5 | td3 | 100,000 | 3,012 (3,011 to 3,014) | 11–12, 14 | {theirs}"]
+    assert lines[4:] == [f"| Hopper-v5 | td3 | 100,000 | 3,012 (3,011 to 3,014) | 11–12, 14 | {theirs}"]
+    assert plot.peers_table(runs, peers.query("env_id == 'Swimmer-v5'")) == ""
 
 
 def test_cases_of_the_peer_are_cells_of_the_grid():
     peers, experiments = module("peers"), module("experiments").EXPERIMENTS
     known = {(e.script, e.env_id, e.steps) for e in experiments}
     assert {case[:3] for case in peers.CASES.values()} <= known
+
+
+def test_an_unknown_case_of_the_peer_is_refused(capsys):
+    peers = module("peers")
+    with pytest.raises(SystemExit) as refused:
+        peers.main(peers.Options(cases=("dqn-Acrobat",)))
+    assert refused.value.code == 2 and "dqn-Acrobat: there are" in capsys.readouterr().err
 
 
 def test_a_peer_runs_once_for_each_seed(tmp_path, monkeypatch, capsys):
