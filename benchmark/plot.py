@@ -8,6 +8,7 @@
 Needs pandas, matplotlib and rliable (benchmark/requirements.txt). Writes curves-SUITE.png and results.md.
 """
 
+import itertools
 import math
 import warnings
 from dataclasses import dataclass
@@ -207,24 +208,32 @@ def peers_table(results: pd.DataFrame, peers: pd.DataFrame) -> str:
 def scores_of(runs: pd.DataFrame) -> dict[tuple, dict[str, np.ndarray]]:
     """Scores (runs, environments) by script, for each group of scripts that can be compared; 0 is a random policy.
 
-    Those are scripts of one side of the family that were run on the same environments of a suite. 1 is the best mean
-    among them. Where a script has several budgets on an environment, the smallest counts, if it has FEWEST seeds.
+    Those are scripts of one side of the family on all environments of a suite that two of them share; the key has the
+    suite, the side and the environments. 1 is the best mean among the scripts of the group. Where a script has several
+    budgets on an environment, the smallest counts, if it has FEWEST seeds.
     """
     runs = runs[(runs["variant"] == "") & runs["env_id"].isin(ENVIRONMENTS)]
     runs = runs[runs["steps"] == runs.groupby(["script", "env_id"])["steps"].transform("min")]
     runs = runs[runs.groupby(["script", "env_id"])["seed"].transform("size") >= FEWEST]
-    groups = {}
-    for (suite, script), part in runs.groupby([runs["env_id"].map(suite_of), "script"]):
-        returns = {e: part[part["env_id"] == e]["return"].to_numpy() for e in ENVIRONMENTS if e in set(part["env_id"])}
-        fewest = min(map(len, returns.values()))
+    sides = {}
+    for (script, env_id), part in runs.groupby(["script", "env_id"]):
         side = "value" if script in VALUE_SCRIPTS else "policy gradient"
-        groups.setdefault((suite, side, tuple(returns)), {})[script] = [x[:fewest] for x in returns.values()]
-    for (_, _, env_ids), scripts in groups.items():
-        zero = np.array([ENVIRONMENTS[env_id][1] for env_id in env_ids])
-        span = np.max([[x.mean() for x in returns] for returns in scripts.values()], axis=0) - zero
-        for script in scripts:
-            scripts[script] = (np.stack(scripts[script], axis=1) - zero) / np.where(span > 0, span, 1)
-    return {group: scripts for group, scripts in groups.items() if len(group[2]) > 1 and len(scripts) > 1}
+        sides.setdefault((suite_of(env_id), side), {}).setdefault(script, {})[env_id] = part["return"].to_numpy()
+    groups = {}
+    for (suite, side), returns in sides.items():
+        for a, b in itertools.combinations(returns, 2):
+            env_ids = tuple(env_id for env_id in ENVIRONMENTS if env_id in returns[a] and env_id in returns[b])
+            if len(env_ids) < 2:
+                continue
+            group = {script: [x[e] for e in env_ids] for script, x in returns.items() if set(env_ids) <= set(x)}
+            zero = np.array([ENVIRONMENTS[env_id][1] for env_id in env_ids])
+            span = np.max([[x.mean() for x in cells] for cells in group.values()], axis=0) - zero
+            for script, cells in group.items():
+                fewest = min(map(len, cells))
+                scores = np.stack([x[:fewest] for x in cells], axis=1)
+                group[script] = (scores - zero) / np.where(span > 0, span, 1)
+            groups[suite, side, env_ids] = group
+    return groups
 
 
 def aggregates(runs: pd.DataFrame, reps: int) -> str:
@@ -257,7 +266,8 @@ def aggregates(runs: pd.DataFrame, reps: int) -> str:
             better = estimate(pairs, metrics.probability_of_improvement)
             lines += [f"| {pair} | {text} |" for pair, text in better.items()] + [""]
     if lines:
-        lines = ["Scores: 0 is a random policy, 1 the best mean return among the scripts compared.", ""] + lines
+        scale = "Scores: 0 is a random policy, 1 the best mean return among the scripts compared"
+        lines = [f"{scale} (at the smallest budget of each).", ""] + lines
     return "\n".join(lines)
 
 

@@ -567,6 +567,23 @@ def test_scores_put_a_random_policy_at_0_and_the_best_mean_at_1(plot, tmp_path):
     assert group["td3"][0, 1] == pytest.approx((3011 - zero) / (5000 + 37 / 3 - zero))
 
 
+def test_scripts_are_compared_on_the_environments_that_they_share(plot, tmp_path):
+    fake_tables(tmp_path)
+    runs = plot.load(plot.Options(tables=tmp_path))
+    hopper = runs[(runs["script"] == "sac") & (runs["env_id"] == "Hopper-v5")]
+    walker = hopper.assign(env_id="Walker2d-v5", variant="", seed=range(11, 11 + len(hopper)))
+    ddpg = runs[runs["script"] == "td3"].assign(script="ddpg")
+    ddpg["return"] += 9000
+    ppo, alone = ddpg.assign(script="ppo"), hopper.assign(script="dqn")
+    groups = plot.scores_of(plot.pd.concat([runs, walker, ddpg, ppo, alone]))
+    shared = ("mujoco", "value", ("HalfCheetah-v5", "Hopper-v5"))  # Walker2d-v5 is sac's alone, ppo is on another side
+    assert list(groups) == [shared] and set(groups[shared]) == {"ddpg", "td3", "sac"}
+    assert groups[shared]["ddpg"].mean(0) == pytest.approx([1, 1])
+    wide = plot.pd.concat([runs, walker, ddpg, walker.assign(script="ddpg")])
+    keys = {env_ids: set(group) for (_, _, env_ids), group in plot.scores_of(wide).items()}
+    assert keys[*shared[2], "Walker2d-v5"] == {"sac", "ddpg"} and keys[shared[2]] == {"ddpg", "td3", "sac"}
+
+
 def test_the_interval_is_that_of_the_mean(plot):
     numpy = pytest.importorskip("numpy")
     values = numpy.random.default_rng(1).normal(5, 2, size=(200, 3))
