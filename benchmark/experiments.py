@@ -180,6 +180,20 @@ def mujoco(suite: str, scripts: tuple[str, ...], steps: int, seeds: int) -> list
     return experiments
 
 
+def tianshou(seeds: int = 3) -> list[Experiment]:
+    """Its 100,000 steps as they are counted here, with the random ones before the training, and its settings."""
+    rows = [
+        ("ddpg", 125_000, "--learning-starts 25000"),
+        ("td3", 125_000, "--learning-starts 25000 --learning-rate 3e-4 --q-lr 3e-4"),
+        ("sac", 110_000, "--learning-starts 10000 --no-autotune"),
+    ]
+    return [
+        Experiment("tianshou", script, env_id, steps, flags, "after Tianshou", seeds)
+        for env_id in ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5")
+        for script, steps, flags in rows
+    ]
+
+
 # What PPO owes to each detail on HalfCheetah-v5: flags, and edits of ppo.py where there is no flag, as pairs of what is
 # there and what takes its place. The row without a variant is in the suite mujoco.
 NO_BOOTSTRAP = (("next_value * ~rollout.terminated - value", "next_value * ~rollout.done - value"),)
@@ -243,6 +257,7 @@ EXPERIMENTS = [
     *box2d(),
     *mujoco("mujoco", ("reinforce", "a2c", "ppo"), 1_000_000, seeds=5),
     *mujoco("mujoco", ("ddpg", "td3", "sac"), 100_000, seeds=3),
+    *tianshou(),
     *mujoco("mujoco-1m", ("ddpg", "td3", "sac"), 1_000_000, seeds=3),
     *ablation(),
 ]

@@ -48,7 +48,7 @@ NOT_SETTINGS += ("wandb_group", "capture_video", "runs_dir", "log_every", "eval_
 
 @dataclass
 class Options:
-    suites: tuple[str, ...] = ()  # classic, box2d, mujoco, mujoco-1m, ablation; all if none is named
+    suites: tuple[str, ...] = ()  # classic, box2d, mujoco, tianshou, mujoco-1m, ablation; all if none is named
     scripts: tuple[str, ...] = ()  # names of scripts, without .py
     envs: tuple[str, ...] = ()  # ids of environments
     variants: tuple[str, ...] = ()  # names of variants in the ablation
