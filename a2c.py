@@ -4,7 +4,7 @@
 # ///
 """Advantage Actor-Critic (A2C): a policy gradient step every few moves, with a learned value to judge them by.
 
-Maximises, by one step on each rollout of T moves in N environments (A3C paper, section 4):
+Maximises, by one RMSprop step on each rollout of T steps in N environments (A3C paper, section 4):
 
     L(theta) = E[ log pi(a|s) A - c1 (V(s) - R)^2 / 2 + c2 H(pi(.|s)) ]
     delta_t  = r_t + gamma (1 - terminated_t) V(s_{t+1}) - V(s_t)      the TD error, s_{t+1} the true next state
@@ -12,14 +12,14 @@ Maximises, by one step on each rollout of T moves in N environments (A3C paper, 
     R_t      = A_t + V(s_t)                                            the target of the value
 
 E is the mean over the steps of the rollout, pi the policy with the parameters theta, V the critic, H the entropy. A and
-R are computed once a rollout and are constants in L. With lambda = 1 the sum of A telescopes, and R_t is the paper's
-n-step return r_t + gamma r_{t+1} + ... + gamma^n V(s_{t+n}), n the steps left in the rollout or in the episode.
+R are computed once a rollout and are constants in L. With lambda = 1 the TD errors in A telescope, and R_t is the
+paper's n-step return r_t + gamma r_{t+1} + ... + gamma^n V(s_{t+n}), n the steps left in the rollout or the episode.
 
 After termination there is no further reward. A time limit (truncation) only stops the recording: V of the last state
 stands for the rewards that would have followed. `done` is either, and no sum runs on into the next episode.
 
-Mnih et al. 2016, "Asynchronous Methods for Deep Reinforcement Learning", arXiv 1602.01783: there each environment has a
-thread, here all step together. GAE: Schulman et al. 2016, arXiv 1506.02438.
+Mnih et al. 2016 (A3C), "Asynchronous Methods for Deep Reinforcement Learning", arXiv 1602.01783: there each environment
+has a thread, here all step together. GAE: Schulman et al. 2016, arXiv 1506.02438.
 
     python a2c.py                                                    # CartPole-v1
     python a2c.py --env-id Acrobot-v1
@@ -81,7 +81,7 @@ class Args:
     eval_episodes: int = 10  # episodes in an evaluation, all without exploration; 0 for no evaluation
     eval_every: int = 0  # steps between two evaluations; 0 for the one at the end only
     checkpoint_every: int = 0  # steps between two checkpoints, each of which resets the environments; 0 for none
-    resume: str = ""  # folder of a run to go on with; its flags hold, but for those given here
+    resume: str = ""  # folder of a run to go on with; its flags apply, except those given here
 
     num_steps: int = 5  # steps of each environment in a rollout
     gae_lambda: float = 1.0  # lambda of GAE; 1 makes it the n-step return
@@ -136,6 +136,7 @@ class GaussianPolicy(nn.Module):
     """pi(a|s) over a Box: independent Gaussians, whose standard deviations are parameters, the same in every state.
 
     Actions are in units where the bounds of each dimension are -1 and 1; a dimension without bounds is left as it is.
+    What lies beyond a bound is cut off on the way to the environment only: pi is the density before that.
     """
 
     def __init__(self, obs_dim: int, space: gym.spaces.Box, init_log_std: float):
@@ -228,7 +229,7 @@ class Agent(nn.Module):
 
     @torch.inference_mode()
     def act(self, obs: np.ndarray, explore: bool) -> np.ndarray:
-        """Actions (N,) or (N, action_dim) for obs (N, obs_dim); `to_env` gives them to the environments."""
+        """Actions (N,) or (N, action_dim) for obs (N, obs_dim); `to_env` converts them for the environments."""
         obs = torch.from_numpy(obs.astype(np.float32)).to(self.device)
         return self.policy(self.normalize(obs), explore).cpu().numpy()
 
@@ -250,7 +251,7 @@ class Rollout(NamedTuple):
     obs: Tensor  # (T, N, obs_dim) float32
     action: Tensor  # (T, N) int64 or (T, N, action_dim) float32, as the policy drew them
     reward: Tensor  # (T, N) float32
-    next_obs: Tensor  # (T, N, obs_dim) float32, the last one of an episode where it ended
+    next_obs: Tensor  # (T, N, obs_dim) float32, what the step led to: at the end of an episode its own last one
     terminated: Tensor  # (T, N) bool
     done: Tensor  # (T, N) bool, terminated or truncated
 
@@ -271,18 +272,18 @@ def discounted_sum(x: Tensor, discount: Tensor) -> Tensor:
     y = [torch.zeros_like(x[0])]
     for x_t, discount_t in zip(reversed(x), reversed(discount)):
         y.append(x_t + discount_t * y[-1])
-    return torch.stack(y[:0:-1])
+    return torch.stack(y[:0:-1])  # in the order of time, without the 0
 
 
 @torch.no_grad()
 def gae(rollout: Rollout, value: Tensor, next_value: Tensor, gamma: float, gae_lambda: float) -> Tensor:
-    """Advantages A_t (T, N) from the values of obs and next_obs, both (T, N) (PPO paper, equations 11 and 12)."""
+    """Advantages A_t (T, N) from the values of obs and next_obs, both (T, N) (GAE paper, equation 16)."""
     delta = rollout.reward + gamma * next_value * ~rollout.terminated - value
     return discounted_sum(delta, gamma * gae_lambda * ~rollout.done)
 
 
 def a2c_loss(agent: Agent, args: Args, batch: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """-L(theta), and what the log shows of it, for B steps: tensors (B, ...) in the order of `a2c_update`."""
+    """-L(theta), and the metrics to log, for B steps: tensors (B, ...) in the order of `a2c_update`."""
     obs, action, target, advantage = batch
     log_prob, entropy = agent.log_prob(obs, action)
     policy_loss = -(log_prob * advantage).mean()
@@ -362,7 +363,7 @@ def train(args: Args) -> Path:
                 obs = next_obs
             step += batch_size
 
-            # Learn from them. The scale of the rewards includes them: a small bias, which fades as statistics grow.
+            # Learn from these steps. They count in the scale of their own rewards: a small bias, which fades.
             rollout = gather(stack(steps, device))
             if args.norm_reward:
                 rollout = rollout._replace(reward=agent.reward_scaler(rollout.reward, rollout.done))
@@ -433,7 +434,7 @@ def in_parallel(gradients, args: Args):
     def mean_gradients(agent: Agent, args: Args, batch: list[Tensor]) -> dict[str, Tensor]:
         """If the shares are equal, the same as `gradients` of the whole batch but for rounding."""
         log = gradients(agent, share, [x[rank::processes] for x in batch])
-        own = [*(p.grad for p in agent.parameters()), *log.values()]
+        own = [*(p.grad for p in agent.parameters() if p.grad is not None), *log.values()]
         mean = torch.cat([x.flatten() for x in own]).cpu() / processes
         dist.all_reduce(mean)
         for x, part in zip(own, mean.split([x.numel() for x in own])):
@@ -478,6 +479,7 @@ def accelerated(function, args: Args, device: torch.device):
     """The function, with --compile in one graph, on CUDA a CUDA graph, with --onednn multiplying matrices by oneDNN."""
     if args.compile:
         torch._dynamo.config.trace_autograd_ops = True  # lets backward() into the graph
+        torch._inductor.config.triton.cudagraph_skip_dynamic_graphs = True  # no CUDA graph for each length of a batch
         mode = "reduce-overhead" if device.type == "cuda" else "default"
         graph = torch.compile(function, fullgraph=True, mode=mode)
 
@@ -581,10 +583,11 @@ def reset(envs: gym.vector.VectorEnv, seed: int, step: int, rank: int = 0) -> np
 def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[str, float]:
     """Plays one episode in each of `eval_episodes` fresh environments without exploration, 100,000 steps at most."""
     returns, alive = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # what is drawn here changes no training
     seed = seed_for(args.seed, 0, 1)  # three numbers: no seed of the training
-    seed_generators(seed)
-    with closing(make_envs(args, args.eval_episodes, video)) as envs:
+    states = random.getstate(), np.random.get_state()  # what is drawn here changes no training
+    gpu = [] if agent.device.type == "cpu" else [agent.device]
+    with torch.random.fork_rng(gpu), closing(make_envs(args, args.eval_episodes, video)) as envs:
+        seed_generators(seed)
         obs, _ = envs.reset(seed=seed)
         for _ in range(100_000):
             obs, reward, terminated, truncated, _ = envs.step(agent.to_env(agent.act(obs, explore=False)))
@@ -592,7 +595,7 @@ def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[st
             alive &= ~(terminated | truncated)
             if not alive.any():
                 break
-    for restore, state in zip((random.setstate, np.random.set_state, torch.set_rng_state), before):
+    for restore, state in zip((random.setstate, np.random.set_state), states):
         restore(state)
     mean, std = returns.mean().item(), returns.std().item()
     return {"eval/episodic_return": mean, "eval/episodic_return_std": std, "eval/episodes": args.eval_episodes}
@@ -764,8 +767,8 @@ class Run:
         checkpoint |= stopping or (finished and (self.folder / "checkpoint.pt").exists())
         self.bar.update(min(step, args.total_timesteps) - self.bar.n)
         self.step = step
-        wanted = self.states if checkpoint or finished else {}
-        states = {name: state.state_dict() for name, state in wanted.items()}
+        wanted = self.states if checkpoint else ["agent"] if finished else []
+        states = {name: self.states[name].state_dict() for name in wanted}
         self.check_finite(row, states)
         if log or checkpoint:
             row = {name: float(x) for name, x in row.items()}
@@ -796,7 +799,7 @@ class Run:
         tensors = [pair for state in states.values() for pair in state.items()]
         bad += [name for name, x in tensors if isinstance(x, Tensor) and not x.isfinite().all()]
         if bad:
-            hint = "if the observations and rewards are finite, a smaller --learning-rate may help"
+            hint = "if the observations and rewards are finite, smaller learning rates may help"
             fail(f"{bad[0]} is not finite at step {self.step:,}; {hint}; {self.rescue()}", code=1)
 
     def evaluate(self) -> None:

@@ -9,22 +9,22 @@ In each update, on a minibatch of a replay buffer (Algorithm 1 of the paper):
     a'       = argmax_a Q(s', a)                                Double DQN; with --no-double argmax_a Q'(s', a)
     y        = r + gamma (1 - terminated) Q'(s', a')            the target of the critic
     L(Q)     = E[ l(Q(s, a) - y) ]                              the critic goes down L
-    Q'       = tau Q + (1 - tau) Q'                             a copy for tau = 1; only every so many steps
+    Q'       = tau Q + (1 - tau) Q'                             every --target-network-frequency steps; tau = 1: a copy
 
-E is the mean over transitions (s, a, r, s') from the buffer: state, action, reward, next state. Q(s, a), the critic, is
-the value of action a in state s. A prime marks what comes next (s', a'), and on a network (Q') its target network.
-No gradient goes through y, and each loss moves its own networks only.
+E is the mean over transitions (s, a, r, s') from the buffer: state, action, reward, next state. Q(s, a), the critic,
+estimates the discounted return that follows action a in state s. A prime marks what comes next (s', a'), and on a
+network (Q') its target network. No gradient goes through y, and each loss moves its own networks only.
 
 The buffer makes minibatches of transitions that are nearly independent, and a Q' that stands still for a while keeps y
-from moving with every update. l(x) is x^2 / 2 up to |x| = delta, linear beyond (Huber; the paper's delta is 1).
+from chasing every update of Q. l(x) is x^2 / 2 up to |x| = delta, linear beyond (Huber; the paper's delta is 1).
 
 --double   (the default) the maximum of noisy values is too high, so one network chooses a', the other rates it
---dueling  Q(s, a) = V(s) + A(s, a) - mean_a' A(s, a'): every transition teaches V, whatever its action
+--dueling  Q(s, a) = V(s) + A(s, a) - mean_b A(s, b): every transition teaches V, whatever its action
 
-What was done in s' does not matter, y has the present policy's action there: the buffer may hold old transitions.
+Learning is off-policy: the action in s' is the networks', so the buffer may hold transitions of older policies.
 To explore, an action is a random one with the probability epsilon, which falls linearly to its final value.
 
-After termination there is no further reward. A time limit (truncation) only cuts the episode short: y counts on what
+After termination there is no further reward. A time limit (truncation) only cuts the episode short: y still has what
 would have followed s'.
 
 Mnih et al. 2015, "Human-level control through deep reinforcement learning", Nature 518. Double: van Hasselt, Guez and
@@ -89,7 +89,7 @@ class Args:
     eval_episodes: int = 10  # episodes in an evaluation, all without exploration; 0 for no evaluation
     eval_every: int = 0  # steps between two evaluations; 0 for the one at the end only
     checkpoint_every: int = 0  # steps between two checkpoints, each of which resets the environments; 0 for none
-    resume: str = ""  # folder of a run to go on with; its flags hold, but for those given here
+    resume: str = ""  # folder of a run to go on with; its flags apply, except those given here
 
     buffer_size: int = 1_000_000  # transitions in the replay buffer; the oldest give way
     learning_starts: int = 1_000  # steps before the first update; actions are uniformly random until then
@@ -97,13 +97,13 @@ class Args:
     gradient_steps: int = 2  # updates in a turn of learning
     batch_size: int = 64  # transitions in an update
     anneal_lr: bool = True  # lower the learning rate linearly to zero
-    tau: float = 1.0  # share of the networks in their targets at each update
+    tau: float = 1.0  # how far a target network moves towards its network at each update; 1 copies it
     target_network_frequency: int = 250  # steps between two updates of the target network
     start_e: float = 1.0  # epsilon at the first step
     end_e: float = 0.2  # epsilon in the end
     exploration_fraction: float = 0.16  # share of total_timesteps in which epsilon falls
     eval_epsilon: float = 0.0  # epsilon in evaluations
-    huber_delta: float = 100.0  # where l turns linear; the rare, large errors teach what ends an episode: cut none
+    huber_delta: float = 100.0  # where l turns linear; 100 cuts none of the rare, large errors that tell an end
     double: bool = True  # the network chooses the action of the target, the target network rates it
     dueling: bool = False  # separate value of the state and advantages of the actions
 
@@ -169,7 +169,7 @@ class Transitions(NamedTuple):
     obs: Tensor  # (B, obs_dim) float32, in the buffer uint8 if the environments' are
     action: Tensor  # (B,) int64 or (B, action_dim) float32, as the agent chose them
     reward: Tensor  # (B,) float32
-    next_obs: Tensor  # (B, obs_dim) as obs, the last one of an episode where it ended
+    next_obs: Tensor  # (B, obs_dim) as obs, what the step led to: at the end of an episode its own last one
     terminated: Tensor  # (B,) bool
 
 
@@ -188,7 +188,7 @@ class ReplayBuffer:
         obs = (math.prod(obs_space.shape),), torch.uint8 if obs_space.dtype == np.uint8 else torch.float32
         discrete = isinstance(action_space, gym.spaces.Discrete)
         action = ((), torch.int64) if discrete else ((math.prod(action_space.shape),), torch.float32)
-        kinds = Transitions(obs, action, ((), torch.float32), obs, ((), torch.bool))
+        kinds = Transitions(obs, action, ((), torch.float32), obs, ((), torch.bool))  # the shape and dtype of each
         megabytes = self.size * sum(math.prod(shape) * dtype.itemsize for shape, dtype in kinds) / 1e6
         self.about = f"replay buffer: {self.size:,} transitions, {megabytes:,.1f} MB on {device}"
         free = free_memory(device)
@@ -221,7 +221,7 @@ class ReplayBuffer:
         """Goes on from `state`; a ring that has begun to overwrite must keep its size."""
         filled = min(state["added"], self.size)
         if filled != len(state["reward"]):
-            raise ValueError(f"its replay buffer has room for {len(state['reward'])} transitions, not {self.size}")
+            raise ValueError(f"its replay buffer holds {len(state['reward'])} transitions, not {self.size}")
         self.added = state["added"]
         for name, rows in self.rows._asdict().items():
             rows[:filled] = state[name]
@@ -238,11 +238,11 @@ def free_memory(device: torch.device) -> float:
 
 
 def critic_loss(agent: Agent, args: Args, batch: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
-    """L(Q), and what the log shows of it."""
+    """L(Q), and the metrics to log."""
     with torch.no_grad():
         next_q = agent.target_critic(batch.next_obs)
-        chooser = agent.critic(batch.next_obs) if args.double else next_q
-        next_value = next_q.gather(-1, chooser.argmax(-1, keepdim=True)).squeeze(-1)
+        next_action = (agent.critic(batch.next_obs) if args.double else next_q).argmax(-1, keepdim=True)
+        next_value = next_q.gather(-1, next_action).squeeze(-1)
         target = batch.reward + args.gamma * next_value * ~batch.terminated
     q = agent.critic(batch.obs).gather(-1, batch.action.unsqueeze(-1)).squeeze(-1)
     loss = nn.functional.huber_loss(q, target, delta=args.huber_delta)
@@ -278,7 +278,7 @@ def dqn_update(
 
 def epsilon_at(step: int, args: Args) -> float:
     """The probability of a random action: linear from start_e to end_e, then constant."""
-    share = min(1.0, step / (args.exploration_fraction * args.total_timesteps))
+    share = min(1.0, step / max(1, args.exploration_fraction * args.total_timesteps))
     return args.start_e + share * (args.end_e - args.start_e)
 
 
@@ -298,12 +298,12 @@ def train(args: Args) -> Path:
     require(not dist.is_torchelastic_launched(), "torchrun is for reinforce.py, a2c.py and ppo.py")
     for name in ("buffer_size", "train_frequency", "gradient_steps", "batch_size", "tau", "target_network_frequency"):
         require(0 < getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be above 0")
-    require(args.learning_starts >= 0, "--learning-starts must not be below 0")
+    for name in ("learning_starts", "start_e", "end_e", "eval_epsilon", "exploration_fraction"):
+        require(0 <= getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must not be below 0")
     require(args.tau <= 1, "--tau must not be above 1")
     require(args.huber_delta > 0, "--huber-delta must be above 0")
-    require(0 < args.exploration_fraction <= 1, "--exploration-fraction must be above 0, and not above 1")
-    for name in ("start_e", "end_e", "eval_epsilon"):
-        require(0 <= getattr(args, name) <= 1, f"--{name.replace('_', '-')} must lie between 0 and 1")
+    for name in ("start_e", "end_e", "eval_epsilon", "exploration_fraction"):
+        require(getattr(args, name) <= 1, f"--{name.replace('_', '-')} must not be above 1")
     envs = make_envs(args, args.num_envs)
     space = envs.single_action_space
     fits = isinstance(space, gym.spaces.Discrete)
@@ -323,25 +323,27 @@ def train(args: Args) -> Path:
         while step < args.total_timesteps:
             # Act and remember.
             remaining = 1 - step / args.total_timesteps if args.anneal_lr else 1.0
-            critic_optimizer.param_groups[0]["lr"] = remaining * args.learning_rate
+            critic_optimizer.param_groups[0]["lr"] = row["charts/learning_rate"] = remaining * args.learning_rate
             agent.epsilon = epsilon_at(step, args)
             if step < args.learning_starts:
                 action = agent.random_action(args.num_envs)
             else:
                 action = agent.act(obs, explore=True)
             next_obs, reward, terminated, truncated, infos = envs.step(agent.to_env(action))
-            buffer.add(obs, action, reward, true_next_obs(next_obs, terminated | truncated, infos), terminated)
+            done = terminated | truncated
+            buffer.add(obs, action, reward, true_next_obs(next_obs, done, infos), terminated)
             run.count_episodes(infos)
             obs = next_obs
             before, step = step, step + args.num_envs
 
             # Learn from what is remembered.
-            for _ in range(updates_by(before, args), updates_by(step, args)):
-                batch = buffer.sample(args.batch_size)
-                row |= dqn_update(agent, critic_optimizer, batch, args, gradients)
-            for _ in range(before // args.target_network_frequency, step // args.target_network_frequency):
-                polyak(agent.target_critic, agent.critic, args.tau)
-            if run.advance(step, row | {"charts/learning_rate": critic_optimizer.param_groups[0]["lr"]}):
+            for now in range(before + 1, step + 1):  # step by step: the target network has a clock of its own
+                for _ in range(updates_by(now - 1, args), updates_by(now, args)):
+                    batch = buffer.sample(args.batch_size)
+                    row |= dqn_update(agent, critic_optimizer, batch, args, gradients)
+                if now % args.target_network_frequency == 0:
+                    polyak(agent.target_critic, agent.critic, args.tau)
+            if run.advance(step, row):
                 obs, row = reset(envs, args.seed, step), {}
         return run.finish()
 
@@ -381,6 +383,7 @@ def accelerated(function, args: Args, device: torch.device):
     """The function, with --compile in one graph, on CUDA a CUDA graph, with --onednn multiplying matrices by oneDNN."""
     if args.compile:
         torch._dynamo.config.trace_autograd_ops = True  # lets backward() into the graph
+        torch._inductor.config.triton.cudagraph_skip_dynamic_graphs = True  # no CUDA graph for each length of a batch
         mode = "reduce-overhead" if device.type == "cuda" else "default"
         graph = torch.compile(function, fullgraph=True, mode=mode)
 
@@ -484,10 +487,11 @@ def reset(envs: gym.vector.VectorEnv, seed: int, step: int, rank: int = 0) -> np
 def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[str, float]:
     """Plays one episode in each of `eval_episodes` fresh environments without exploration, 100,000 steps at most."""
     returns, alive = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # what is drawn here changes no training
     seed = seed_for(args.seed, 0, 1)  # three numbers: no seed of the training
-    seed_generators(seed)
-    with closing(make_envs(args, args.eval_episodes, video)) as envs:
+    states = random.getstate(), np.random.get_state()  # what is drawn here changes no training
+    gpu = [] if agent.device.type == "cpu" else [agent.device]
+    with torch.random.fork_rng(gpu), closing(make_envs(args, args.eval_episodes, video)) as envs:
+        seed_generators(seed)
         obs, _ = envs.reset(seed=seed)
         for _ in range(100_000):
             obs, reward, terminated, truncated, _ = envs.step(agent.to_env(agent.act(obs, explore=False)))
@@ -495,7 +499,7 @@ def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[st
             alive &= ~(terminated | truncated)
             if not alive.any():
                 break
-    for restore, state in zip((random.setstate, np.random.set_state, torch.set_rng_state), before):
+    for restore, state in zip((random.setstate, np.random.set_state), states):
         restore(state)
     mean, std = returns.mean().item(), returns.std().item()
     return {"eval/episodic_return": mean, "eval/episodic_return_std": std, "eval/episodes": args.eval_episodes}
@@ -667,8 +671,8 @@ class Run:
         checkpoint |= stopping or (finished and (self.folder / "checkpoint.pt").exists())
         self.bar.update(min(step, args.total_timesteps) - self.bar.n)
         self.step = step
-        wanted = self.states if checkpoint or finished else {}
-        states = {name: state.state_dict() for name, state in wanted.items()}
+        wanted = self.states if checkpoint else ["agent"] if finished else []
+        states = {name: self.states[name].state_dict() for name in wanted}
         self.check_finite(row, states)
         if log or checkpoint:
             row = {name: float(x) for name, x in row.items()}
@@ -699,7 +703,7 @@ class Run:
         tensors = [pair for state in states.values() for pair in state.items()]
         bad += [name for name, x in tensors if isinstance(x, Tensor) and not x.isfinite().all()]
         if bad:
-            hint = "if the observations and rewards are finite, a smaller --learning-rate may help"
+            hint = "if the observations and rewards are finite, smaller learning rates may help"
             fail(f"{bad[0]} is not finite at step {self.step:,}; {hint}; {self.rescue()}", code=1)
 
     def evaluate(self) -> None:

@@ -4,7 +4,7 @@
 # ///
 """Proximal Policy Optimization: many small steps on each rollout, held near the policy that collected it.
 
-Maximises, over minibatches of the last rollout (PPO paper, equations 7, 9, 11 and 12):
+Maximises, by Adam on minibatches of the last rollout (PPO paper, equations 7, 9, 11 and 12; the 1/2 is its code's):
 
     L(theta) = E[ min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) - c1 (V(s) - R)^2 / 2 + c2 H(pi(.|s)) ]
     ratio    = pi(a|s) / pi_old(a|s)
@@ -17,7 +17,7 @@ rollout, V the critic, H the entropy. pi_old, A and R are computed once a rollou
 minibatch A is shifted and scaled to mean 0 and standard deviation 1 (--norm-adv).
 
 Where A > 0 the objective stops growing at ratio 1 + eps, where A < 0 at 1 - eps: going further earns nothing. The min
-keeps the other term where the ratio went the wrong way, so that such a step can be undone. The clip takes away an
+keeps the unclipped term where the ratio went the wrong way, so that such a step can be undone. The clip takes away an
 incentive to leave pi_old; it does not bound the ratio.
 
 After termination there is no further reward. A time limit (truncation) only stops the recording: V of the last state
@@ -86,7 +86,7 @@ class Args:
     eval_episodes: int = 10  # episodes in an evaluation, all without exploration; 0 for no evaluation
     eval_every: int = 0  # steps between two evaluations; 0 for the one at the end only
     checkpoint_every: int = 0  # steps between two checkpoints, each of which resets the environments; 0 for none
-    resume: str = ""  # folder of a run to go on with; its flags hold, but for those given here
+    resume: str = ""  # folder of a run to go on with; its flags apply, except those given here
 
     num_steps: int = 128  # steps of each environment in a rollout
     gae_lambda: float = 0.95  # lambda of GAE; 1 makes it the n-step return
@@ -147,6 +147,7 @@ class GaussianPolicy(nn.Module):
     """pi(a|s) over a Box: independent Gaussians, whose standard deviations are parameters, the same in every state.
 
     Actions are in units where the bounds of each dimension are -1 and 1; a dimension without bounds is left as it is.
+    What lies beyond a bound is cut off on the way to the environment only: pi is the density before that.
     """
 
     def __init__(self, obs_dim: int, space: gym.spaces.Box, init_log_std: float):
@@ -239,7 +240,7 @@ class Agent(nn.Module):
 
     @torch.inference_mode()
     def act(self, obs: np.ndarray, explore: bool) -> np.ndarray:
-        """Actions (N,) or (N, action_dim) for obs (N, obs_dim); `to_env` gives them to the environments."""
+        """Actions (N,) or (N, action_dim) for obs (N, obs_dim); `to_env` converts them for the environments."""
         obs = torch.from_numpy(obs.astype(np.float32)).to(self.device)
         return self.policy(self.normalize(obs), explore).cpu().numpy()
 
@@ -261,7 +262,7 @@ class Rollout(NamedTuple):
     obs: Tensor  # (T, N, obs_dim) float32
     action: Tensor  # (T, N) int64 or (T, N, action_dim) float32, as the policy drew them
     reward: Tensor  # (T, N) float32
-    next_obs: Tensor  # (T, N, obs_dim) float32, the last one of an episode where it ended
+    next_obs: Tensor  # (T, N, obs_dim) float32, what the step led to: at the end of an episode its own last one
     terminated: Tensor  # (T, N) bool
     done: Tensor  # (T, N) bool, terminated or truncated
 
@@ -282,18 +283,18 @@ def discounted_sum(x: Tensor, discount: Tensor) -> Tensor:
     y = [torch.zeros_like(x[0])]
     for x_t, discount_t in zip(reversed(x), reversed(discount)):
         y.append(x_t + discount_t * y[-1])
-    return torch.stack(y[:0:-1])
+    return torch.stack(y[:0:-1])  # in the order of time, without the 0
 
 
 @torch.no_grad()
 def gae(rollout: Rollout, value: Tensor, next_value: Tensor, gamma: float, gae_lambda: float) -> Tensor:
-    """Advantages A_t (T, N) from the values of obs and next_obs, both (T, N) (PPO paper, equations 11 and 12)."""
+    """Advantages A_t (T, N) from the values of obs and next_obs, both (T, N) (GAE paper, equation 16)."""
     delta = rollout.reward + gamma * next_value * ~rollout.terminated - value
     return discounted_sum(delta, gamma * gae_lambda * ~rollout.done)
 
 
 def ppo_loss(agent: Agent, args: Args, batch: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """-L(theta), and what the log shows of it, for B steps: tensors (B, ...) in the order of `ppo_update`."""
+    """-L(theta), and the metrics to log, for B steps: tensors (B, ...) in the order of `ppo_update`."""
     obs, action, old_log_prob, old_value, target, advantage = batch
     log_prob, entropy = agent.log_prob(obs, action)
     log_ratio = log_prob - old_log_prob
@@ -331,7 +332,7 @@ def ppo_gradients(agent: Agent, args: Args, batch: list[Tensor]) -> dict[str, Te
 def ppo_update(agent, optimizer, rollout: Rollout, args: Args, gradients=ppo_gradients) -> dict[str, float]:
     """Maximises L(theta) in `update_epochs` passes over the rollout; returns the mean of what `ppo_loss` logs."""
     with torch.no_grad():
-        old_log_prob, _ = agent.log_prob(rollout.obs, rollout.action)
+        old_log_prob, _ = agent.log_prob(rollout.obs, rollout.action)  # theta is still as it was in the rollout
         value, next_value = agent.value(torch.stack([rollout.obs, rollout.next_obs]))  # at once: fewer calls
     advantage = gae(rollout, value, next_value, args.gamma, args.gae_lambda)
     target = advantage + value
@@ -339,7 +340,7 @@ def ppo_update(agent, optimizer, rollout: Rollout, args: Args, gradients=ppo_gra
     logs = []
     for _ in range(args.update_epochs):
         order = torch.randperm(target.numel(), device=target.device)
-        for *others, adv in zip(*(x[order].chunk(args.num_minibatches) for x in batch)):
+        for *others, adv in zip(*(x[order].chunk(args.num_minibatches) for x in batch)):  # minibatches
             if args.norm_adv:  # here and not in the loss, which sees only a share of the minibatch under torchrun
                 adv = (adv - adv.mean()) / (adv.std() + 1e-8)
             optimizer.zero_grad()
@@ -395,7 +396,7 @@ def train(args: Args) -> Path:
                 obs = next_obs
             step += batch_size
 
-            # Learn from them. The scale of the rewards includes them: a small bias, which fades as statistics grow.
+            # Learn from these steps. They count in the scale of their own rewards: a small bias, which fades.
             rollout = gather(stack(steps, device))
             if args.norm_reward:
                 rollout = rollout._replace(reward=agent.reward_scaler(rollout.reward, rollout.done))
@@ -466,7 +467,7 @@ def in_parallel(gradients, args: Args):
     def mean_gradients(agent: Agent, args: Args, batch: list[Tensor]) -> dict[str, Tensor]:
         """If the shares are equal, the same as `gradients` of the whole batch but for rounding."""
         log = gradients(agent, share, [x[rank::processes] for x in batch])
-        own = [*(p.grad for p in agent.parameters()), *log.values()]
+        own = [*(p.grad for p in agent.parameters() if p.grad is not None), *log.values()]
         mean = torch.cat([x.flatten() for x in own]).cpu() / processes
         dist.all_reduce(mean)
         for x, part in zip(own, mean.split([x.numel() for x in own])):
@@ -511,6 +512,7 @@ def accelerated(function, args: Args, device: torch.device):
     """The function, with --compile in one graph, on CUDA a CUDA graph, with --onednn multiplying matrices by oneDNN."""
     if args.compile:
         torch._dynamo.config.trace_autograd_ops = True  # lets backward() into the graph
+        torch._inductor.config.triton.cudagraph_skip_dynamic_graphs = True  # no CUDA graph for each length of a batch
         mode = "reduce-overhead" if device.type == "cuda" else "default"
         graph = torch.compile(function, fullgraph=True, mode=mode)
 
@@ -614,10 +616,11 @@ def reset(envs: gym.vector.VectorEnv, seed: int, step: int, rank: int = 0) -> np
 def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[str, float]:
     """Plays one episode in each of `eval_episodes` fresh environments without exploration, 100,000 steps at most."""
     returns, alive = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # what is drawn here changes no training
     seed = seed_for(args.seed, 0, 1)  # three numbers: no seed of the training
-    seed_generators(seed)
-    with closing(make_envs(args, args.eval_episodes, video)) as envs:
+    states = random.getstate(), np.random.get_state()  # what is drawn here changes no training
+    gpu = [] if agent.device.type == "cpu" else [agent.device]
+    with torch.random.fork_rng(gpu), closing(make_envs(args, args.eval_episodes, video)) as envs:
+        seed_generators(seed)
         obs, _ = envs.reset(seed=seed)
         for _ in range(100_000):
             obs, reward, terminated, truncated, _ = envs.step(agent.to_env(agent.act(obs, explore=False)))
@@ -625,7 +628,7 @@ def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[st
             alive &= ~(terminated | truncated)
             if not alive.any():
                 break
-    for restore, state in zip((random.setstate, np.random.set_state, torch.set_rng_state), before):
+    for restore, state in zip((random.setstate, np.random.set_state), states):
         restore(state)
     mean, std = returns.mean().item(), returns.std().item()
     return {"eval/episodic_return": mean, "eval/episodic_return_std": std, "eval/episodes": args.eval_episodes}
@@ -797,8 +800,8 @@ class Run:
         checkpoint |= stopping or (finished and (self.folder / "checkpoint.pt").exists())
         self.bar.update(min(step, args.total_timesteps) - self.bar.n)
         self.step = step
-        wanted = self.states if checkpoint or finished else {}
-        states = {name: state.state_dict() for name, state in wanted.items()}
+        wanted = self.states if checkpoint else ["agent"] if finished else []
+        states = {name: self.states[name].state_dict() for name in wanted}
         self.check_finite(row, states)
         if log or checkpoint:
             row = {name: float(x) for name, x in row.items()}
@@ -829,7 +832,7 @@ class Run:
         tensors = [pair for state in states.values() for pair in state.items()]
         bad += [name for name, x in tensors if isinstance(x, Tensor) and not x.isfinite().all()]
         if bad:
-            hint = "if the observations and rewards are finite, a smaller --learning-rate may help"
+            hint = "if the observations and rewards are finite, smaller learning rates may help"
             fail(f"{bad[0]} is not finite at step {self.step:,}; {hint}; {self.rescue()}", code=1)
 
     def evaluate(self) -> None:

@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["torch>=2.13", "gymnasium[classic-control,mujoco]>=1.4", "tyro>=1.0", "wandb", "numpy", "tqdm"]
 # ///
-"""REINFORCE, the Monte-Carlo policy gradient: play whole episodes, then make the actions that paid more likely.
+"""REINFORCE, the Monte-Carlo policy gradient: play whole episodes, then make actions that paid off more probable.
 
 Takes one Adam step with this gradient for each batch of N episodes (Williams 1992; reward-to-go: Sutton et al. 2000):
 
@@ -12,10 +12,11 @@ Takes one Adam step with this gradient for each batch of N episodes (Williams 19
                   = the mean G over all steps of the other episodes    with --baseline mean
                   = V(s_t), which learns to predict G_t                with --baseline value
 
-E is the mean over the episodes, pi the policy with the parameters theta. No baseline depends on the action that it
-judges, so each leaves the mean of the estimate as it is; a good one takes noise away. With gamma = 1 that mean is the
-exact gradient of the expected return; with gamma < 1 the factor gamma^t of the discounted return's gradient is dropped,
-as is common, so that late steps count as much as early ones. (Exact with --no-norm-reward.)
+E is the mean over the episodes, pi the policy with the parameters theta. V goes down the mean of (V(s_t) - G_t)^2 / 2
+over all their steps. No baseline depends on the action that it judges, so each leaves the mean of the estimate as it
+is; a good one takes noise away. With gamma = 1 that mean is the exact gradient of the expected return, if rewards are
+not scaled (--no-norm-reward) and no G_t is completed by V; with gamma < 1 the factor gamma^t of the discounted return's
+gradient is dropped, as is common, so that late steps count as much as early ones.
 
 G_t needs the end of the episode. Where a time limit cut it off (truncated, not terminated), V of the last state stands
 for the rest with --baseline value; the other two take the rest as 0: the time limit is then a part of the task.
@@ -29,7 +30,7 @@ other episodes as baseline: after Kool et al. 2019, "Buy 4 REINFORCE Samples, Ge
     python reinforce.py --resume runs/FOLDER --capture-video         # film a finished run
 
 The diff to a2c.py is bootstrapping: there the critic completes a return after a few steps, here the episode is played
-to its end, and V is only a baseline (but where a time limit cuts).
+to its end, and V is only a baseline (except where a time limit cuts).
 """
 
 import atexit
@@ -84,7 +85,7 @@ class Args:
     eval_episodes: int = 10  # episodes in an evaluation, all without exploration; 0 for no evaluation
     eval_every: int = 0  # steps between two evaluations; 0 for the one at the end only
     checkpoint_every: int = 0  # steps between two checkpoints, each of which resets the environments; 0 for none
-    resume: str = ""  # folder of a run to go on with; its flags hold, but for those given here
+    resume: str = ""  # folder of a run to go on with; its flags apply, except those given here
 
     baseline: Literal["none", "mean", "value"] = "value"  # what is taken from the reward-to-go
     anneal_lr: bool = True  # lower the learning rate linearly to zero
@@ -135,6 +136,7 @@ class GaussianPolicy(nn.Module):
     """pi(a|s) over a Box: independent Gaussians, whose standard deviations are parameters, the same in every state.
 
     Actions are in units where the bounds of each dimension are -1 and 1; a dimension without bounds is left as it is.
+    What lies beyond a bound is cut off on the way to the environment only: pi is the density before that.
     """
 
     def __init__(self, obs_dim: int, space: gym.spaces.Box, init_log_std: float):
@@ -227,7 +229,7 @@ class Agent(nn.Module):
 
     @torch.inference_mode()
     def act(self, obs: np.ndarray, explore: bool) -> np.ndarray:
-        """Actions (N,) or (N, action_dim) for obs (N, obs_dim); `to_env` gives them to the environments."""
+        """Actions (N,) or (N, action_dim) for obs (N, obs_dim); `to_env` converts them for the environments."""
         obs = torch.from_numpy(obs.astype(np.float32)).to(self.device)
         return self.policy(self.normalize(obs), explore).cpu().numpy()
 
@@ -249,7 +251,7 @@ class Rollout(NamedTuple):
     obs: Tensor  # (T, N, obs_dim) float32
     action: Tensor  # (T, N) int64 or (T, N, action_dim) float32, as the policy drew them
     reward: Tensor  # (T, N) float32
-    next_obs: Tensor  # (T, N, obs_dim) float32, the last one of an episode where it ended
+    next_obs: Tensor  # (T, N, obs_dim) float32, what the step led to: at the end of an episode its own last one
     terminated: Tensor  # (T, N) bool
     done: Tensor  # (T, N) bool, terminated or truncated
 
@@ -270,7 +272,7 @@ def discounted_sum(x: Tensor, discount: Tensor) -> Tensor:
     y = [torch.zeros_like(x[0])]
     for x_t, discount_t in zip(reversed(x), reversed(discount)):
         y.append(x_t + discount_t * y[-1])
-    return torch.stack(y[:0:-1])
+    return torch.stack(y[:0:-1])  # in the order of time, without the 0
 
 
 @torch.no_grad()
@@ -287,7 +289,7 @@ def mean_of_others(returns: Tensor, played: Tensor) -> Tensor:
 
 
 def reinforce_loss(agent: Agent, args: Args, batch: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """A loss with the gradient -grad J(theta), plus that of V if it learns, and its log; the tensors are (B, ...)."""
+    """A loss with the gradient -grad J(theta), plus V's if it learns, and the metrics to log; tensors (B, ...)."""
     obs, action, target, advantage = batch
     log_prob, entropy = agent.log_prob(obs, action)
     policy_loss = -(log_prob * advantage).sum() / args.num_envs
@@ -314,8 +316,9 @@ def reinforce_update(agent, optimizer, rollout: Rollout, args: Args, gradients=r
     if args.baseline == "value":
         with torch.no_grad():
             value, next_value = agent.value(torch.stack([rollout.obs, rollout.next_obs]))  # at once: fewer calls
-    target = reward_to_go(rollout, next_value, args.gamma)
-    advantage = target - (mean_of_others(target, played) if args.baseline == "mean" else value)
+    target = reward_to_go(rollout, next_value, args.gamma)  # G_t
+    baseline = mean_of_others(target, played) if args.baseline == "mean" else value  # b_t, 0 with "none"
+    advantage = target - baseline
     batch = [x[played] for x in (rollout.obs, rollout.action, target, advantage)]
     optimizer.zero_grad()
     log = gradients(agent, args, batch)
@@ -349,7 +352,7 @@ def train(args: Args) -> Path:
             optimizer.param_groups[0]["lr"] = remaining * args.learning_rate
 
             # Play one whole episode in each of N environments; one done early plays on, and no gradient sees that.
-            # Without any end in sight the batch is cut when it is as long as the training.
+            # Without any end in sight the batch is cut, as by a time limit, when it is as long as the training.
             steps, waiting = [], np.ones(envs.num_envs, dtype=bool)
             while any(exchange(waiting.any())) and args.num_envs * len(steps) < args.total_timesteps:
                 action = act_alike(agent, obs, rank, processes)
@@ -359,9 +362,10 @@ def train(args: Args) -> Path:
                 run.count_episodes(infos, waiting)
                 obs = next_obs
                 waiting &= ~done
+            done[waiting] = True  # what the cut leaves unfinished
             step += args.num_envs * len(steps)
 
-            # Learn from them. The scale of the rewards includes them: a small bias, which fades as statistics grow.
+            # Learn from these steps. They count in the scale of their own rewards: a small bias, which fades.
             rollout = gather(stack(steps, device))
             if args.norm_reward:
                 rollout = rollout._replace(reward=agent.reward_scaler(rollout.reward, rollout.done))
@@ -432,7 +436,7 @@ def in_parallel(gradients, args: Args):
     def mean_gradients(agent: Agent, args: Args, batch: list[Tensor]) -> dict[str, Tensor]:
         """If the shares are equal, the same as `gradients` of the whole batch but for rounding."""
         log = gradients(agent, share, [x[rank::processes] for x in batch])
-        own = [*(p.grad for p in agent.parameters()), *log.values()]
+        own = [*(p.grad for p in agent.parameters() if p.grad is not None), *log.values()]
         mean = torch.cat([x.flatten() for x in own]).cpu() / processes
         dist.all_reduce(mean)
         for x, part in zip(own, mean.split([x.numel() for x in own])):
@@ -477,6 +481,7 @@ def accelerated(function, args: Args, device: torch.device):
     """The function, with --compile in one graph, on CUDA a CUDA graph, with --onednn multiplying matrices by oneDNN."""
     if args.compile:
         torch._dynamo.config.trace_autograd_ops = True  # lets backward() into the graph
+        torch._inductor.config.triton.cudagraph_skip_dynamic_graphs = True  # no CUDA graph for each length of a batch
         mode = "reduce-overhead" if device.type == "cuda" else "default"
         graph = torch.compile(function, fullgraph=True, mode=mode)
 
@@ -580,10 +585,11 @@ def reset(envs: gym.vector.VectorEnv, seed: int, step: int, rank: int = 0) -> np
 def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[str, float]:
     """Plays one episode in each of `eval_episodes` fresh environments without exploration, 100,000 steps at most."""
     returns, alive = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # what is drawn here changes no training
     seed = seed_for(args.seed, 0, 1)  # three numbers: no seed of the training
-    seed_generators(seed)
-    with closing(make_envs(args, args.eval_episodes, video)) as envs:
+    states = random.getstate(), np.random.get_state()  # what is drawn here changes no training
+    gpu = [] if agent.device.type == "cpu" else [agent.device]
+    with torch.random.fork_rng(gpu), closing(make_envs(args, args.eval_episodes, video)) as envs:
+        seed_generators(seed)
         obs, _ = envs.reset(seed=seed)
         for _ in range(100_000):
             obs, reward, terminated, truncated, _ = envs.step(agent.to_env(agent.act(obs, explore=False)))
@@ -591,7 +597,7 @@ def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[st
             alive &= ~(terminated | truncated)
             if not alive.any():
                 break
-    for restore, state in zip((random.setstate, np.random.set_state, torch.set_rng_state), before):
+    for restore, state in zip((random.setstate, np.random.set_state), states):
         restore(state)
     mean, std = returns.mean().item(), returns.std().item()
     return {"eval/episodic_return": mean, "eval/episodic_return_std": std, "eval/episodes": args.eval_episodes}
@@ -763,8 +769,8 @@ class Run:
         checkpoint |= stopping or (finished and (self.folder / "checkpoint.pt").exists())
         self.bar.update(min(step, args.total_timesteps) - self.bar.n)
         self.step = step
-        wanted = self.states if checkpoint or finished else {}
-        states = {name: state.state_dict() for name, state in wanted.items()}
+        wanted = self.states if checkpoint else ["agent"] if finished else []
+        states = {name: self.states[name].state_dict() for name in wanted}
         self.check_finite(row, states)
         if log or checkpoint:
             row = {name: float(x) for name, x in row.items()}
@@ -795,7 +801,7 @@ class Run:
         tensors = [pair for state in states.values() for pair in state.items()]
         bad += [name for name, x in tensors if isinstance(x, Tensor) and not x.isfinite().all()]
         if bad:
-            hint = "if the observations and rewards are finite, a smaller --learning-rate may help"
+            hint = "if the observations and rewards are finite, smaller learning rates may help"
             fail(f"{bad[0]} is not finite at step {self.step:,}; {hint}; {self.rescue()}", code=1)
 
     def evaluate(self) -> None:

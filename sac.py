@@ -10,24 +10,24 @@ In each update, on a minibatch of a replay buffer (Algorithm 1 of the paper):
     y        = r + gamma (1 - terminated) (min_i Qi'(s', a') - alpha log pi(a'|s'))
     L(Q)     = E[ (Q1(s, a) - y)^2 + (Q2(s, a) - y)^2 ]         the critics go down L
     J(pi)    = E[ min_i Qi(s, a) - alpha log pi(a|s) ]          the actor goes up J, a drawn from pi as a' above
-    L(alpha) = E[ -alpha (log pi(a|s) + H) ]                    alpha goes down L: the entropy nears H = -dim(a)
+    L(alpha) = E[ -alpha (log pi(a|s) + H) ]                    log alpha goes down L until the entropy is H = -dim(a)
     Q'       = tau Q + (1 - tau) Q'                             the target networks follow slowly
 
-E is the mean over transitions (s, a, r, s') from the buffer: state, action, reward, next state. Q(s, a), the critic, is
-the value of action a in state s. A prime marks what comes next (s', a'), and on a network (Q') its target network.
-No gradient goes through y, and each loss moves its own networks only.
+E is the mean over transitions (s, a, r, s') from the buffer: state, action, reward, next state. Q(s, a), the critic,
+estimates the discounted return that follows action a in state s. A prime marks what comes next (s', a'), and on a
+network (Q') its target network. No gradient goes through y, and each loss moves its own networks only.
 
-An actor that climbs Q finds the errors of Q that look like good actions, and the target spreads them. Two critics,
-begun apart, err apart: the lower one does not promise what the other doubts (clipped double Q-learning).
+An actor that climbs Q finds the errors of Q that look like good actions, and the target spreads them. Two critics
+with different initial weights err differently: the lower of them seldom promises too much (clipped double Q-learning).
 
 The aim is the return plus, at each step, alpha times the entropy E[ -log pi(a|s) ]: the policy explores by itself and
-gives up no action that is equally good. Q counts the bonuses of later steps. log pi(a|s) is the log density of the
+keeps all actions that are equally good. Q counts the bonuses of later steps. log pi(a|s) is the log density of the
 Gaussian at u less the log of da/du = 1 - tanh(u)^2 for each dimension. J has a gradient because a is a function of m,
 sigma and a noise that depends on neither (the reparameterization trick).
 
-What was done in s' does not matter, y has the present policy's action there: the buffer may hold old transitions.
+Learning is off-policy: the action in s' is the networks', so the buffer may hold transitions of older policies.
 
-After termination there is no further reward. A time limit (truncation) only cuts the episode short: y counts on what
+After termination there is no further reward. A time limit (truncation) only cuts the episode short: y still has what
 would have followed s'.
 Actions are in units where the bounds of each dimension are -1 and 1.
 
@@ -92,14 +92,14 @@ class Args:
     eval_episodes: int = 10  # episodes in an evaluation, all without exploration; 0 for no evaluation
     eval_every: int = 0  # steps between two evaluations; 0 for the one at the end only
     checkpoint_every: int = 0  # steps between two checkpoints, each of which resets the environments; 0 for none
-    resume: str = ""  # folder of a run to go on with; its flags hold, but for those given here
+    resume: str = ""  # folder of a run to go on with; its flags apply, except those given here
 
     buffer_size: int = 1_000_000  # transitions in the replay buffer; the oldest give way
     learning_starts: int = 1_000  # steps before the first update; actions are uniformly random until then
     train_frequency: int = 1  # steps between two turns of learning
     gradient_steps: int = 1  # updates in a turn of learning
     batch_size: int = 256  # transitions in an update
-    tau: float = 0.005  # share of the networks in their targets at each update
+    tau: float = 0.005  # how far a target network moves towards its network at each update; 1 copies it
     q_lr: float = 1e-3  # step size of Q and of the temperature
     autotune: bool = True  # tune the temperature to an entropy of minus the number of action dimensions
     alpha: float = 0.2  # temperature, with --autotune the initial one
@@ -179,7 +179,7 @@ class Transitions(NamedTuple):
     obs: Tensor  # (B, obs_dim) float32, in the buffer uint8 if the environments' are
     action: Tensor  # (B,) int64 or (B, action_dim) float32, as the agent chose them
     reward: Tensor  # (B,) float32
-    next_obs: Tensor  # (B, obs_dim) as obs, the last one of an episode where it ended
+    next_obs: Tensor  # (B, obs_dim) as obs, what the step led to: at the end of an episode its own last one
     terminated: Tensor  # (B,) bool
 
 
@@ -198,7 +198,7 @@ class ReplayBuffer:
         obs = (math.prod(obs_space.shape),), torch.uint8 if obs_space.dtype == np.uint8 else torch.float32
         discrete = isinstance(action_space, gym.spaces.Discrete)
         action = ((), torch.int64) if discrete else ((math.prod(action_space.shape),), torch.float32)
-        kinds = Transitions(obs, action, ((), torch.float32), obs, ((), torch.bool))
+        kinds = Transitions(obs, action, ((), torch.float32), obs, ((), torch.bool))  # the shape and dtype of each
         megabytes = self.size * sum(math.prod(shape) * dtype.itemsize for shape, dtype in kinds) / 1e6
         self.about = f"replay buffer: {self.size:,} transitions, {megabytes:,.1f} MB on {device}"
         free = free_memory(device)
@@ -231,7 +231,7 @@ class ReplayBuffer:
         """Goes on from `state`; a ring that has begun to overwrite must keep its size."""
         filled = min(state["added"], self.size)
         if filled != len(state["reward"]):
-            raise ValueError(f"its replay buffer has room for {len(state['reward'])} transitions, not {self.size}")
+            raise ValueError(f"its replay buffer holds {len(state['reward'])} transitions, not {self.size}")
         self.added = state["added"]
         for name, rows in self.rows._asdict().items():
             rows[:filled] = state[name]
@@ -262,7 +262,7 @@ def draw(actor: SquashedGaussianActor, obs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def critic_loss(agent: Agent, args: Args, batch: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
-    """L(Q), and what the log shows of it."""
+    """L(Q), and the metrics to log."""
     with torch.no_grad():
         next_action, next_log_prob = draw(agent.actor, batch.next_obs)
         next_value = torch.min(*(critic(batch.next_obs, next_action) for critic in agent.target_critics))
@@ -274,7 +274,7 @@ def critic_loss(agent: Agent, args: Args, batch: Transitions) -> tuple[Tensor, d
 
 
 def actor_loss(agent: Agent, args: Args, batch: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
-    """-J(pi) + L(alpha), and what the log shows of them."""
+    """-J(pi) + L(alpha), and the metrics to log."""
     action, log_prob = draw(agent.actor, batch.obs)
     q = torch.min(*(critic(batch.obs, action) for critic in agent.critics))
     alpha = agent.log_alpha.exp()
@@ -366,7 +366,7 @@ def train(args: Args) -> Path:
     states = dict(agent=agent, critic_optimizer=critic_optimizer, actor_optimizer=actor_optimizer, buffer=buffer)
     with closing(envs), Run(args, saved, **states) as run:
         print(buffer.about, flush=True)
-        if not args.autotune:  # also where a run goes on from one that had it
+        if not args.autotune:  # --resume may have brought a tuned one
             agent.log_alpha.fill_(math.log(args.alpha))
         step, row = run.step, {}
         obs = reset(envs, args.seed, step)
@@ -377,7 +377,8 @@ def train(args: Args) -> Path:
             else:
                 action = agent.act(obs, explore=True)
             next_obs, reward, terminated, truncated, infos = envs.step(agent.to_env(action))
-            buffer.add(obs, action, reward, true_next_obs(next_obs, terminated | truncated, infos), terminated)
+            done = terminated | truncated
+            buffer.add(obs, action, reward, true_next_obs(next_obs, done, infos), terminated)
             run.count_episodes(infos)
             obs = next_obs
             before, step = step, step + args.num_envs
@@ -426,6 +427,7 @@ def accelerated(function, args: Args, device: torch.device):
     """The function, with --compile in one graph, on CUDA a CUDA graph, with --onednn multiplying matrices by oneDNN."""
     if args.compile:
         torch._dynamo.config.trace_autograd_ops = True  # lets backward() into the graph
+        torch._inductor.config.triton.cudagraph_skip_dynamic_graphs = True  # no CUDA graph for each length of a batch
         mode = "reduce-overhead" if device.type == "cuda" else "default"
         graph = torch.compile(function, fullgraph=True, mode=mode)
 
@@ -529,10 +531,11 @@ def reset(envs: gym.vector.VectorEnv, seed: int, step: int, rank: int = 0) -> np
 def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[str, float]:
     """Plays one episode in each of `eval_episodes` fresh environments without exploration, 100,000 steps at most."""
     returns, alive = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # what is drawn here changes no training
     seed = seed_for(args.seed, 0, 1)  # three numbers: no seed of the training
-    seed_generators(seed)
-    with closing(make_envs(args, args.eval_episodes, video)) as envs:
+    states = random.getstate(), np.random.get_state()  # what is drawn here changes no training
+    gpu = [] if agent.device.type == "cpu" else [agent.device]
+    with torch.random.fork_rng(gpu), closing(make_envs(args, args.eval_episodes, video)) as envs:
+        seed_generators(seed)
         obs, _ = envs.reset(seed=seed)
         for _ in range(100_000):
             obs, reward, terminated, truncated, _ = envs.step(agent.to_env(agent.act(obs, explore=False)))
@@ -540,7 +543,7 @@ def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[st
             alive &= ~(terminated | truncated)
             if not alive.any():
                 break
-    for restore, state in zip((random.setstate, np.random.set_state, torch.set_rng_state), before):
+    for restore, state in zip((random.setstate, np.random.set_state), states):
         restore(state)
     mean, std = returns.mean().item(), returns.std().item()
     return {"eval/episodic_return": mean, "eval/episodic_return_std": std, "eval/episodes": args.eval_episodes}
@@ -712,8 +715,8 @@ class Run:
         checkpoint |= stopping or (finished and (self.folder / "checkpoint.pt").exists())
         self.bar.update(min(step, args.total_timesteps) - self.bar.n)
         self.step = step
-        wanted = self.states if checkpoint or finished else {}
-        states = {name: state.state_dict() for name, state in wanted.items()}
+        wanted = self.states if checkpoint else ["agent"] if finished else []
+        states = {name: self.states[name].state_dict() for name in wanted}
         self.check_finite(row, states)
         if log or checkpoint:
             row = {name: float(x) for name, x in row.items()}
@@ -744,7 +747,7 @@ class Run:
         tensors = [pair for state in states.values() for pair in state.items()]
         bad += [name for name, x in tensors if isinstance(x, Tensor) and not x.isfinite().all()]
         if bad:
-            hint = "if the observations and rewards are finite, a smaller --learning-rate may help"
+            hint = "if the observations and rewards are finite, smaller learning rates may help"
             fail(f"{bad[0]} is not finite at step {self.step:,}; {hint}; {self.rescue()}", code=1)
 
     def evaluate(self) -> None:

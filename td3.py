@@ -9,22 +9,22 @@ In each update, on a minibatch of a replay buffer (Algorithm 1 of the paper):
     a'       = clip(mu'(s') + clip(noise, -c, c), -1, 1)        target policy smoothing, the noise is Gaussian
     y        = r + gamma (1 - terminated) min_i Qi'(s', a')     the target of both critics, Q1 and Q2
     L(Q)     = E[ (Q1(s, a) - y)^2 + (Q2(s, a) - y)^2 ]         the critics go down L
-    J(mu)    = E[ Q1(s, mu(s)) ]                                the actor goes up J, in every d-th update only
+    J(mu)    = E[ Q1(s, mu(s)) ]                                the actor goes up J, in one of d updates only
     Q'       = tau Q + (1 - tau) Q', and mu' likewise           the target networks follow slowly, when mu moves
 
-E is the mean over transitions (s, a, r, s') from the buffer: state, action, reward, next state. Q(s, a), the critic, is
-the value of action a in state s. A prime marks what comes next (s', a'), and on a network (Q') its target network.
-No gradient goes through y, and each loss moves its own networks only.
+E is the mean over transitions (s, a, r, s') from the buffer: state, action, reward, next state. Q(s, a), the critic,
+estimates the discounted return that follows action a in state s. A prime marks what comes next (s', a'), and on a
+network (Q') its target network. No gradient goes through y, and each loss moves its own networks only.
 
-An actor that climbs Q finds the errors of Q that look like good actions, and the target spreads them. Two critics,
-begun apart, err apart: the lower one does not promise what the other doubts (clipped double Q-learning).
+An actor that climbs Q finds the errors of Q that look like good actions, and the target spreads them. Two critics
+with different initial weights err differently: the lower of them seldom promises too much (clipped double Q-learning).
 The noise in a' averages Q' over similar actions, so that no narrow peak pays; c is --noise-clip. The delay lets the
 critics settle before the actor follows them; d is --policy-frequency.
 
-What was done in s' does not matter, y has the present policy's action there: the buffer may hold old transitions.
-To explore, Gaussian noise is added to mu(s) (that of the DDPG paper is correlated in time; TD3's found it no better).
+Learning is off-policy: the action in s' is the networks', so the buffer may hold transitions of older policies.
+To explore, Gaussian noise is added to mu(s) (in the DDPG paper correlated in time; the TD3 paper found that no better).
 
-After termination there is no further reward. A time limit (truncation) only cuts the episode short: y counts on what
+After termination there is no further reward. A time limit (truncation) only cuts the episode short: y still has what
 would have followed s'.
 Actions are in units where the bounds of each dimension are -1 and 1.
 
@@ -89,14 +89,14 @@ class Args:
     eval_episodes: int = 10  # episodes in an evaluation, all without exploration; 0 for no evaluation
     eval_every: int = 0  # steps between two evaluations; 0 for the one at the end only
     checkpoint_every: int = 0  # steps between two checkpoints, each of which resets the environments; 0 for none
-    resume: str = ""  # folder of a run to go on with; its flags hold, but for those given here
+    resume: str = ""  # folder of a run to go on with; its flags apply, except those given here
 
     buffer_size: int = 1_000_000  # transitions in the replay buffer; the oldest give way
     learning_starts: int = 1_000  # steps before the first update; actions are uniformly random until then
     train_frequency: int = 1  # steps between two turns of learning
     gradient_steps: int = 1  # updates in a turn of learning
     batch_size: int = 256  # transitions in an update
-    tau: float = 0.005  # share of the networks in their targets at each update
+    tau: float = 0.005  # how far a target network moves towards its network at each update; 1 copies it
     q_lr: float = 1e-3  # step size of Q
     exploration_noise: float = 0.1  # standard deviation of the noise on actions, in units where bounds are +-1
     policy_frequency: int = 2  # d: updates of the critics for one of the policy and the target networks
@@ -178,7 +178,7 @@ class Transitions(NamedTuple):
     obs: Tensor  # (B, obs_dim) float32, in the buffer uint8 if the environments' are
     action: Tensor  # (B,) int64 or (B, action_dim) float32, as the agent chose them
     reward: Tensor  # (B,) float32
-    next_obs: Tensor  # (B, obs_dim) as obs, the last one of an episode where it ended
+    next_obs: Tensor  # (B, obs_dim) as obs, what the step led to: at the end of an episode its own last one
     terminated: Tensor  # (B,) bool
 
 
@@ -197,7 +197,7 @@ class ReplayBuffer:
         obs = (math.prod(obs_space.shape),), torch.uint8 if obs_space.dtype == np.uint8 else torch.float32
         discrete = isinstance(action_space, gym.spaces.Discrete)
         action = ((), torch.int64) if discrete else ((math.prod(action_space.shape),), torch.float32)
-        kinds = Transitions(obs, action, ((), torch.float32), obs, ((), torch.bool))
+        kinds = Transitions(obs, action, ((), torch.float32), obs, ((), torch.bool))  # the shape and dtype of each
         megabytes = self.size * sum(math.prod(shape) * dtype.itemsize for shape, dtype in kinds) / 1e6
         self.about = f"replay buffer: {self.size:,} transitions, {megabytes:,.1f} MB on {device}"
         free = free_memory(device)
@@ -230,7 +230,7 @@ class ReplayBuffer:
         """Goes on from `state`; a ring that has begun to overwrite must keep its size."""
         filled = min(state["added"], self.size)
         if filled != len(state["reward"]):
-            raise ValueError(f"its replay buffer has room for {len(state['reward'])} transitions, not {self.size}")
+            raise ValueError(f"its replay buffer holds {len(state['reward'])} transitions, not {self.size}")
         self.added = state["added"]
         for name, rows in self.rows._asdict().items():
             rows[:filled] = state[name]
@@ -247,7 +247,7 @@ def free_memory(device: torch.device) -> float:
 
 
 def critic_loss(agent: Agent, args: Args, batch: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
-    """L(Q), and what the log shows of it."""
+    """L(Q), and the metrics to log."""
     with torch.no_grad():
         next_action = agent.target_actor(batch.next_obs)
         noise = (args.policy_noise * torch.randn_like(next_action)).clamp(-args.noise_clip, args.noise_clip)
@@ -260,7 +260,7 @@ def critic_loss(agent: Agent, args: Args, batch: Transitions) -> tuple[Tensor, d
 
 
 def actor_loss(agent: Agent, args: Args, batch: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
-    """-J(mu), and what the log shows of it."""
+    """-J(mu), and the metrics to log."""
     loss = -agent.critics[0](batch.obs, agent.actor(batch.obs)).mean()
     return loss, {"losses/actor_loss": loss.detach()}
 
@@ -294,7 +294,7 @@ def td3_update(
     update: int,
     gradients=(critic_gradients, actor_gradients),
 ) -> dict[str, Tensor]:
-    """A step of the optimizer of Q; in every d-th update also of the actor's and of the target networks."""
+    """A step of the optimizer of Q; in the first of every d also of the actor's and of the target networks."""
     critic_gradients, actor_gradients = gradients
     critic_optimizer.zero_grad()
     log = critic_gradients(agent, args, batch)
@@ -355,7 +355,8 @@ def train(args: Args) -> Path:
             else:
                 action = agent.act(obs, explore=True)
             next_obs, reward, terminated, truncated, infos = envs.step(agent.to_env(action))
-            buffer.add(obs, action, reward, true_next_obs(next_obs, terminated | truncated, infos), terminated)
+            done = terminated | truncated
+            buffer.add(obs, action, reward, true_next_obs(next_obs, done, infos), terminated)
             run.count_episodes(infos)
             obs = next_obs
             before, step = step, step + args.num_envs
@@ -404,6 +405,7 @@ def accelerated(function, args: Args, device: torch.device):
     """The function, with --compile in one graph, on CUDA a CUDA graph, with --onednn multiplying matrices by oneDNN."""
     if args.compile:
         torch._dynamo.config.trace_autograd_ops = True  # lets backward() into the graph
+        torch._inductor.config.triton.cudagraph_skip_dynamic_graphs = True  # no CUDA graph for each length of a batch
         mode = "reduce-overhead" if device.type == "cuda" else "default"
         graph = torch.compile(function, fullgraph=True, mode=mode)
 
@@ -507,10 +509,11 @@ def reset(envs: gym.vector.VectorEnv, seed: int, step: int, rank: int = 0) -> np
 def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[str, float]:
     """Plays one episode in each of `eval_episodes` fresh environments without exploration, 100,000 steps at most."""
     returns, alive = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # what is drawn here changes no training
     seed = seed_for(args.seed, 0, 1)  # three numbers: no seed of the training
-    seed_generators(seed)
-    with closing(make_envs(args, args.eval_episodes, video)) as envs:
+    states = random.getstate(), np.random.get_state()  # what is drawn here changes no training
+    gpu = [] if agent.device.type == "cpu" else [agent.device]
+    with torch.random.fork_rng(gpu), closing(make_envs(args, args.eval_episodes, video)) as envs:
+        seed_generators(seed)
         obs, _ = envs.reset(seed=seed)
         for _ in range(100_000):
             obs, reward, terminated, truncated, _ = envs.step(agent.to_env(agent.act(obs, explore=False)))
@@ -518,7 +521,7 @@ def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[st
             alive &= ~(terminated | truncated)
             if not alive.any():
                 break
-    for restore, state in zip((random.setstate, np.random.set_state, torch.set_rng_state), before):
+    for restore, state in zip((random.setstate, np.random.set_state), states):
         restore(state)
     mean, std = returns.mean().item(), returns.std().item()
     return {"eval/episodic_return": mean, "eval/episodic_return_std": std, "eval/episodes": args.eval_episodes}
@@ -690,8 +693,8 @@ class Run:
         checkpoint |= stopping or (finished and (self.folder / "checkpoint.pt").exists())
         self.bar.update(min(step, args.total_timesteps) - self.bar.n)
         self.step = step
-        wanted = self.states if checkpoint or finished else {}
-        states = {name: state.state_dict() for name, state in wanted.items()}
+        wanted = self.states if checkpoint else ["agent"] if finished else []
+        states = {name: self.states[name].state_dict() for name in wanted}
         self.check_finite(row, states)
         if log or checkpoint:
             row = {name: float(x) for name, x in row.items()}
@@ -722,7 +725,7 @@ class Run:
         tensors = [pair for state in states.values() for pair in state.items()]
         bad += [name for name, x in tensors if isinstance(x, Tensor) and not x.isfinite().all()]
         if bad:
-            hint = "if the observations and rewards are finite, a smaller --learning-rate may help"
+            hint = "if the observations and rewards are finite, smaller learning rates may help"
             fail(f"{bad[0]} is not finite at step {self.step:,}; {hint}; {self.rescue()}", code=1)
 
     def evaluate(self) -> None:

@@ -7,6 +7,7 @@ other settings, or its seed again. Runs on the seeds on which settings were chos
 """
 
 import csv
+import hashlib
 import json
 import math
 import sys
@@ -20,6 +21,9 @@ HERE = Path(__file__).resolve().parent
 CELL = ("script", "env_id", "steps", "variant")
 MADE_WITH = ("settings", "flags", "commit", "versions", "machine")
 RESULT = (*CELL, "seed", "return", "return_std", "episodes", "wall_s", "steps_per_s", *MADE_WITH)
+# What a run's result does not depend on, beside rounding; anything else makes it another run.
+NOT_SETTINGS = ("script", "seed", "device", "num_threads", "onednn", "compile", "track", "wandb_project_name")
+NOT_SETTINGS += ("wandb_entity", "wandb_group", "capture_video", "runs_dir", "log_every", "eval_every", "resume")
 POINTS = 40
 CURVE = (*CELL, "seed", *map(str, range(1, POINTS + 1)))  # column k: the k-th fortieth of the steps
 
@@ -56,6 +60,13 @@ def read_rows(folder: Path) -> list[dict]:
     return rows
 
 
+def settings_hash(args: dict, edits: tuple = ()) -> str:
+    """A short hash of what a result depends on beside the seed: all flags, defaults included, and edits of the text."""
+    settings = {name: value for name, value in args.items() if name not in NOT_SETTINGS}
+    text = json.dumps(settings, sort_keys=True) + (json.dumps(edits) if edits else "")
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
 def is_finished(args: dict, rows: list[dict]) -> bool:
     """Whether a run was trained to its end and evaluated there."""
     last = rows[-1] if rows else {}
@@ -84,7 +95,8 @@ def summarize(args: dict, rows: list[dict], about: dict) -> dict:
     }
     result |= {"episodes": int(last["eval/episodes"]), "wall_s": round(wall, 1)}
     result |= {"steps_per_s": round(before / wall) if wall else ""}
-    result |= {key: about.get(key, "") for key in MADE_WITH}
+    result |= {"settings": settings_hash(args)} | {key: about[key] for key in MADE_WITH if key in about}
+    result |= {key: "" for key in MADE_WITH if key not in result}
     return result | {"curve": [float(f"{total / episodes:.4g}") if episodes else "" for total, episodes in sums]}
 
 

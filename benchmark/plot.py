@@ -5,7 +5,8 @@
     python benchmark/plot.py --runs-dir runs/benchmark    # of a folder of runs, those of the scripts alone too
     python benchmark/plot.py --wandb entity/project       # of a project on Weights & Biases
 
-Needs pandas, matplotlib and rliable (benchmark/requirements.txt). Writes curves-SUITE.png and results.md.
+Needs pandas, matplotlib and rliable (benchmark/requirements.txt). Writes curves-SUITE.png, variants.png, published.png
+and results.md.
 """
 
 import itertools
@@ -38,12 +39,12 @@ class Options:
     published: Path = HERE / "published.csv"  # what to compare with
     peers: Path = HERE / "peers.csv"  # what a peer returned here, from peers.py
     out: Path = HERE / "figures"  # where the figures and the tables go
-    tuning: bool = False  # of a folder of runs, those with the seeds on which settings are chosen
+    tuning: bool = False  # of a folder or a project, the runs with the seeds on which settings are chosen
     readme: Path | None = None  # a file to put the tables into as well, between its two comments about results
     reps: int = 2_000  # bootstrap samples of the aggregates
 
 
-def read_wandb(project: str, api=None) -> list[dict]:
+def read_wandb(project: str, tuning: bool = False, api=None) -> list[dict]:
     """The finished runs of a project on Weights & Biases, as collect.py has them."""
     import wandb
 
@@ -54,7 +55,8 @@ def read_wandb(project: str, api=None) -> list[dict]:
             rows = sorted(run.scan_history(), key=lambda row: row["_step"])
             rows = [{name: x for name, x in row.items() if x is not None} for row in rows]
             rows = [row for row in rows if "charts/SPS" in row or "eval/episodic_return" in row]
-            if collect.is_finished(args, rows):
+            tuned = bool(run.group) and args["seed"] in CHOOSE  # only run.py names groups
+            if collect.is_finished(args, rows) and tuned == (bool(run.group) and tuning):
                 variant = "".join((run.group or "").split("__")[3:])
                 runs.append(collect.summarize(args | {"script": script}, rows, {"variant": variant}))
     except Exception as error:
@@ -67,7 +69,7 @@ def load(options: Options) -> pd.DataFrame:
     if options.runs_dir and not options.runs_dir.is_dir():
         fail(f"there is no folder {options.runs_dir}")
     if options.wandb:
-        runs, where = read_wandb(options.wandb), options.wandb
+        runs, where = read_wandb(options.wandb, options.tuning), options.wandb
     elif options.runs_dir:
         runs, where = collect.read_folder(options.runs_dir, options.tuning), options.runs_dir
     else:
@@ -102,41 +104,77 @@ def draw_curves(runs: pd.DataFrame, path: Path) -> None:
     env_ids = sorted(runs["env_id"].unique(), key=lambda env_id: sort_key((env_id, 0, "", "")))
     columns = min(3, len(env_ids))
     rows = math.ceil(len(env_ids) / columns)
-    ablation = bool(runs["variant"].any())
-    size = (4.5 * columns + 2 * ablation, 3.2 * rows + 0.5)
+    size = (4.5 * columns, 3.2 * rows + 0.5)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat[len(env_ids) :]:
         axis.axis("off")
     labels = {}
     for axis, env_id in zip(axes.flat, env_ids):
-        axis.set_prop_cycle(color=matplotlib.colormaps["tab20"].colors)
         panel = runs[runs["env_id"] == env_id]
         panel = panel[panel["steps"] == panel.groupby("script")["steps"].transform("max")]
         cells = dict(list(panel.groupby(["env_id", "steps", "script", "variant"])))
         for cell in sorted(cells, key=sort_key):
-            _, steps, script, variant = cell
+            _, steps, script, _ = cell
             curves = pd.DataFrame(cells[cell]["curve"].tolist()).apply(pd.to_numeric)
             curves = curves.ffill(axis=1).dropna(axis=1)  # where no episode ended, the last return holds
             step = (curves.columns + 1) * steps / collect.POINTS
-            style = {} if variant else {"color": "black" if panel["variant"].any() else COLORS.get(script)}
-            (line,) = axis.plot(step, curves.mean(), linewidth=1.3, **style)
+            (line,) = axis.plot(step, curves.mean(), linewidth=1.3, color=COLORS.get(script))
             axis.fill_between(step, *interval(curves.to_numpy(), 1000), alpha=0.2, linewidth=0, color=line.get_color())
-            labels.setdefault(f"{script} {variant}".strip(), line)
+            labels.setdefault(script, line)
         axis.set_title(env_id, fontsize=10)
         axis.grid(alpha=0.3)
         if panel["steps"].max() >= 5 * panel["steps"].min():
             axis.set_xscale("log")
+            axis.set_xlabel("steps, logarithmic", fontsize=8)
         axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
         axis.tick_params(labelsize=8)
     figure.supxlabel("steps", fontsize=9)
-    figure.supylabel("training return", fontsize=9)
-    place = dict(loc="outside upper center", ncols=7 if columns > 1 else 3)
-    if ablation:  # as many lines as variants: a column, in the order of where they end
-        labels = dict(sorted(labels.items(), key=lambda label: -label[1].get_ydata()[-1]))
-        place = dict(loc="outside right upper")
-    figure.legend(labels.values(), labels, fontsize=8, **place)
+    figure.supylabel("return in training, with exploration", fontsize=9)
+    figure.legend(labels.values(), labels, fontsize=8, loc="outside upper center", ncols=7 if columns > 1 else 3)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def draw_rows(rows: dict[str, tuple[np.ndarray, object]], label: str, line: float, path: Path) -> None:
+    """A row for each name: a dot a seed, a stroke at their mean, in a color; and a vertical line to compare with."""
+    figure, axis = plt.subplots(figsize=(8, 0.24 * len(rows) + 1), layout="constrained")
+    axis.axvline(line, color="black", linewidth=0.8, linestyle="--")
+    for place, (values, color) in enumerate(rows.values()):
+        axis.plot(values, np.full(len(values), place), ".", color=color, alpha=0.6)
+        axis.plot(values.mean(), place, "|", color=color, markersize=11, markeredgewidth=2.5)
+    axis.set_yticks(range(len(rows)), rows, fontsize=8)
+    axis.set_ylim(len(rows) - 0.4, -0.6)
+    axis.set_xlabel(label, fontsize=9)
+    axis.tick_params(axis="x", labelsize=8)
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_variants(runs: pd.DataFrame, path: Path) -> None:
+    """Final returns of the variants of one cell and of the cell itself, the best mean above."""
+    groups = dict(list(runs.groupby("variant")["return"]))
+    rows = {}
+    for variant, returns in sorted(groups.items(), key=lambda item: -item[1].mean()):
+        name = f"{variant or 'as it is'} ({len(returns)})"
+        rows[name] = returns.to_numpy(), "C0" if variant else "black"
+    draw_rows(rows, "return without exploration at the end of the training", groups[""].mean(), path)
+
+
+def draw_published(results: pd.DataFrame, published: pd.DataFrame, path: Path) -> None:
+    """Final returns on a scale on which a random policy has 0 and the published number 1, in the order of the grid."""
+    cells = dict(list(results[results["variant"] == ""].groupby(["env_id", "steps", "script", "variant"])))
+    rows = {}
+    for cell in sorted(cells, key=sort_key):
+        env_id, steps, script, _ = cell
+        there = published.query("env_id == @env_id and steps == @steps and script == @script")
+        zero = ENVIRONMENTS.get(env_id, ("", math.inf))[1]
+        if len(there) == 1 and (one := there["return_mean"].item()) > zero:
+            values = (cells[cell]["return"].to_numpy() - zero) / (one - zero)
+            rows[f"{env_id}  {script}  {steps:,}  ({len(values)})"] = values, COLORS.get(script)
+    if rows:
+        label = "return: 0 that of a random policy, 1 the published one"
+        draw_rows(rows, label, 1.0, path)
 
 
 def ranges(seeds: list[int]) -> str:
@@ -155,15 +193,24 @@ def number(x: float) -> str:
     return f"{x:,.{0 if abs(x) >= 1000 else 1}f}".replace("-", "−")
 
 
+def spread(returns: np.ndarray) -> str:
+    """The interval of the mean, of fewer than five runs the range: a bootstrap of those would say no more."""
+    if len(returns) < 2:
+        return ""
+    if len(returns) < 5:
+        return f" ({number(min(returns))} to {number(max(returns))})"
+    low, high = interval(returns)
+    return f" [{number(low)}, {number(high)}]"
+
+
 def results_table(results: pd.DataFrame, published: pd.DataFrame) -> str:
-    """Final returns in Markdown, bold where they reach the published ones."""
-    lines = ["| environment | script | steps | return (95 % interval) | seeds | steps/s | published | source |"]
-    lines += ["|---|---|---|---|---|---|---|---|"]
+    """Final returns in Markdown, bold where those of FEWEST seeds or more reach the published ones on average."""
+    lines = ["| environment | script | steps | return | seeds | published | source |"]
+    lines += ["|---|---|---|---|---|---|---|"]
     cells = dict(list(results.groupby(["env_id", "steps", "script", "variant"])))
     for cell in sorted(cells, key=sort_key):
         (env_id, steps, script, variant), runs = cell, cells[cell]
         mean = runs["return"].mean()
-        low, high = interval(runs["return"].to_numpy())
         text, theirs, source = number(mean), "", ""
         if not variant:
             matching = published.query("env_id == @env_id and steps == @steps and script == @script")
@@ -173,13 +220,11 @@ def results_table(results: pd.DataFrame, published: pd.DataFrame) -> str:
                 source = row["source"]
                 if row["published_env_id"] != env_id:
                     source += f" ({row['published_env_id']})"
-                text = f"**{text}**" if mean >= row["return_mean"] else text
-        if len(runs) > 1:
-            text += f" ({number(low)} to {number(high)})"
+                text = f"**{text}**" if mean >= row["return_mean"] and len(runs) >= FEWEST else text
+        text += spread(runs["return"].to_numpy())
         seeds = ranges(runs["seed"].tolist()) + ("*" if set(runs["seed"]) & set(CHOOSE) else "")
         name = f"{script}: `{variant}`" if variant else script
-        speed = f"{runs['steps_per_s'].median():,.0f}"
-        lines.append(f"| {env_id} | {name} | {steps:,} | {text} | {seeds} | {speed} | {theirs} | {source} |")
+        lines.append(f"| {env_id} | {name} | {steps:,} | {text} | {seeds} | {theirs} | {source} |")
     if set(results["seed"]) & set(CHOOSE):
         lines += ["", "\\* among these are the seeds on which the settings were chosen."]
     return "\n".join(lines)
@@ -188,7 +233,7 @@ def results_table(results: pd.DataFrame, published: pd.DataFrame) -> str:
 def peers_table(results: pd.DataFrame, peers: pd.DataFrame) -> str:
     """Our final returns in Markdown beside those of the peer here, for the cells that have both; empty if none has."""
     head = ["Stable-Baselines3 with the settings of RL Zoo on the same environments, evaluated in the same way:", ""]
-    head += ["| environment | script | steps | ours (95 % interval) | seeds | Stable-Baselines3 here | seeds |"]
+    head += ["| environment | script | steps | ours | seeds | Stable-Baselines3 here | seeds |"]
     head += ["|---|---|---|---|---|---|---|"]
     lines = []
     cells = dict(list(peers.groupby(["env_id", "steps", "script"])))
@@ -199,8 +244,7 @@ def peers_table(results: pd.DataFrame, peers: pd.DataFrame) -> str:
             continue
         line = f"| {env_id} | {script} | {steps:,} |"
         for runs in (ours, cells[cell]):
-            low, high = interval(runs["return"].to_numpy())
-            line += f" {number(runs['return'].mean())} ({number(low)} to {number(high)}) | {ranges(runs['seed'])} |"
+            line += f" {number(runs['return'].mean())}{spread(runs['return'].to_numpy())} | {ranges(runs['seed'])} |"
         lines.append(line)
     return "\n".join(head + lines) if lines else ""
 
@@ -241,6 +285,7 @@ def aggregates(runs: pd.DataFrame, reps: int) -> str:
     from rliable import library, metrics
 
     def estimate(scores: dict, function) -> dict[str, str]:
+        np.random.seed(0)  # whatever it is given, rliable draws from this generator too
         with warnings.catch_warnings(action="ignore"):  # rliable passes its generator on in a deprecated way
             state = np.random.RandomState(0)
             values, bounds = library.get_interval_estimates(scores, function, reps=reps, random_state=state)
@@ -289,9 +334,11 @@ def main(options: Options) -> None:
     plain = runs[runs["variant"] == ""]
     for suite, part in plain.groupby(plain["env_id"].map(suite_of)):
         draw_curves(part, options.out / f"curves-{suite}.png")
-    if len(plain) < len(runs):  # beside their own plain runs
-        cells = runs[["script", "env_id", "steps"]].apply(tuple, axis=1)
-        draw_curves(runs[cells.isin(cells[runs["variant"] != ""])], options.out / "curves-variants.png")
+    draw_published(runs, published, options.out / "published.png")
+    cells = runs[["script", "env_id", "steps"]].apply(tuple, axis=1)
+    varied = cells[runs["variant"] != ""].value_counts()
+    if len(varied) and (cells[runs["variant"] == ""] == varied.index[0]).any():  # the cell that has most of them
+        draw_variants(runs[cells == varied.index[0]], options.out / "variants.png")
     parts = [results_table(runs, published)]
     if options.peers.exists():
         parts.append(peers_table(runs, pd.read_csv(options.peers)))

@@ -11,7 +11,6 @@ of them may share a folder, even from two machines. Ctrl-C stops every run with 
 """
 
 import contextlib
-import hashlib
 import importlib
 import importlib.metadata
 import json
@@ -32,7 +31,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import tyro
-from collect import fail, is_finished, read_json, read_rows
+from collect import fail, is_finished, read_json, read_rows, settings_hash
 from experiments import EXPERIMENTS, Experiment, seeds_of, select
 
 try:
@@ -41,9 +40,6 @@ except ImportError:
     fcntl = None  # Windows: no protection from a second run.py in the same folder
 
 ROOT = Path(__file__).resolve().parent.parent
-# What a run's result does not depend on, beside rounding; anything else makes it another run.
-NOT_SETTINGS = ("seed", "device", "num_threads", "onednn", "compile", "track", "wandb_project_name", "wandb_entity")
-NOT_SETTINGS += ("wandb_group", "capture_video", "runs_dir", "log_every", "eval_every", "resume")
 
 
 @dataclass
@@ -82,13 +78,13 @@ class Job(NamedTuple):
 
 
 def settings_of(script: str, flags: list[str], edits: tuple = ()) -> tuple[int, str]:
-    """Steps, and a short hash of what a result depends on beside the seed: all flags, defaults included, and edits."""
+    """Steps and the hash of the settings that the flags make of the script, which an ablation may have edited."""
     if str(ROOT) not in sys.path:
         sys.path.append(str(ROOT))
     args = asdict(tyro.cli(importlib.import_module(script).Args, args=flags, prog=f"{script}.py"))
-    settings = {name: value for name, value in args.items() if name not in NOT_SETTINGS}
-    text = json.dumps(settings, sort_keys=True) + (json.dumps(edits) if edits else "")
-    return args["total_timesteps"], hashlib.sha256(text.encode()).hexdigest()[:8]
+    if not args["eval_episodes"]:
+        fail("--eval-episodes 0 leaves a run without a result")
+    return args["total_timesteps"], settings_hash(args, edits)
 
 
 def plan(options: Options) -> list[tuple[Experiment, int, list[str]]]:

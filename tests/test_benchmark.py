@@ -469,18 +469,14 @@ def test_figures_and_tables(plot, tmp_path, capsys):
     plot.main(plot.Options(tables=tmp_path, out=tmp_path / "figures", reps=50))
     text = (tmp_path / "figures/results.md").read_text()
     assert capsys.readouterr().out.strip() == text.strip()
-    assert (
-        "| HalfCheetah-v5 | td3 | 100,000 | 3,012 (3,011 to 3,014) | 11–12, 14 | 200 | 5,336 ± 376.5, 10 runs |" in text
-    )
-    assert (
-        "| Hopper-v5 | sac | 100,000 | **5,012** (5,011 to 5,014) | 11–12, 14 | 200 | 2,613 ± 990.8, 10 runs |" in text
-    )
+    assert "| HalfCheetah-v5 | td3 | 100,000 | 3,012 (3,011 to 3,014) | 11–12, 14 | 5,336 ± 376.5, 10 runs |" in text
+    assert "| Hopper-v5 | sac | 100,000 | **5,012** (5,011 to 5,014) | 11–12, 14 | 2,613 ± 990.8, 10 runs |" in text
     assert "| Hopper-v5 | sac: `no-autotune` | 100,000 | 5,014 | 3* |" in text and "settings were chosen" in text
     one = plot.load(plot.Options(tables=tmp_path)).query("env_id == 'Hopper-v5' and script == 'sac' and seed == 11")
-    bold = plot.results_table(one, plot.pd.read_csv(plot.Options().published))
-    assert "| **5,011** | 11 |" in bold and "settings were chosen" not in bold
+    single = plot.results_table(one, plot.pd.read_csv(plot.Options().published))
+    assert "| 5,011 | 11 |" in single and "settings were chosen" not in single
     assert "| sac | 1.00 (1.00 to 1.00) | 3 |" in text and "| sac > td3 | 1.00 (1.00 to 1.00) |" in text
-    for name in ("curves-mujoco.png", "curves-variants.png"):
+    for name in ("curves-mujoco.png", "published.png", "variants.png"):
         assert (tmp_path / "figures" / name).stat().st_size > 10_000
 
 
@@ -519,21 +515,70 @@ def test_a_peer_runs_once_for_each_seed(tmp_path, monkeypatch, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
-def test_a_legend_of_every_variant_fits_its_figure(plot, tmp_path, monkeypatch):
+def drawn(figure) -> list[tuple[str, list[float], float]]:
+    """The rows of a figure of draw_rows from above: name, dots, mean."""
+    (axis,) = figure.axes
+    names = [label.get_text() for label in axis.get_yticklabels()]
+    assert axis.get_ylim()[0] > axis.get_ylim()[1], "the first row is above"
+    dots, strokes = axis.lines[1::2], axis.lines[2::2]
+    assert [line.get_ydata()[0] for line in dots] == [*range(len(names))]
+    return [(n, [*d.get_xdata()], s.get_xdata()[0]) for n, d, s in zip(names, dots, strokes, strict=True)]
+
+
+def test_variants_stand_below_each_other_the_best_mean_above(plot, tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(plot.plt, "close", shown.append)
-    names = ["", *module("experiments").ABLATION]
-    run = {"script": "ppo", "env_id": "HalfCheetah-v5", "steps": 1_000_000}
-    runs = [run | {"variant": name, "curve": [end + x for x in range(40)]} for end, name in enumerate(names)]
-    plot.draw_curves(plot.pd.DataFrame(runs), tmp_path / "variants.png")
-    (figure,) = shown
-    (legend,) = figure.legends
-    box = legend.get_window_extent()
-    assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
-    assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1
-    assert [text.get_text() for text in legend.get_texts()] == [f"ppo {name}".strip() for name in reversed(names)]
-    lines = [line.get_color() for line in figure.axes[0].get_lines()]
-    assert len(set(lines)) == len(names)
+    returns = {"": (5.0, 7.0), "better": (9.0,), "worse": (1.0, 2.0, 6.0)}
+    runs = [{"variant": variant, "return": x} for variant, some in returns.items() for x in some]
+    plot.draw_variants(plot.pd.DataFrame(runs), tmp_path / "variants.png")
+    rows = [("better (1)", [9.0], 9.0), ("as it is (2)", [5.0, 7.0], 6.0), ("worse (3)", [1.0, 2.0, 6.0], 3.0)]
+    assert drawn(shown[0]) == rows and list(shown[0].axes[0].lines[0].get_xdata()) == [6.0, 6.0]
+
+
+def test_a_published_number_is_1_and_a_random_policy_0(plot, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(plot.plt, "close", shown.append)
+    zero = plot.ENVIRONMENTS["Hopper-v5"][1]
+    cell = {"env_id": "Hopper-v5", "steps": 100, "script": "sac"}
+    runs = [
+        cell | {"variant": "", "seed": 11, "return": zero},
+        cell | {"variant": "", "seed": 12, "return": 500 + zero},
+    ]
+    runs += [runs[0] | {"variant": "other"}, runs[0] | {"script": "td3"}, runs[0] | {"steps": 200}]
+    published = [cell | {"return_mean": 250 + zero}, cell | {"steps": 200, "return_mean": zero - 1}]
+    plot.draw_published(plot.pd.DataFrame(runs), plot.pd.DataFrame(published), tmp_path / "published.png")
+    ((name, dots, mean),) = drawn(shown[0])
+    assert name == "Hopper-v5  sac  100  (2)" and dots == pytest.approx([0, 2]) and mean == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "returns, text", [([1], ""), ([1, 3], " (1.0 to 3.0)"), ([1, 2, 3, 9], " (1.0 to 9.0)"), ([5] * 5, " [5.0, 5.0]")]
+)
+def test_of_fewer_than_five_runs_the_range_is_shown(plot, returns, text):
+    assert plot.spread(plot.np.array(returns, float)) == text
+
+
+def test_aggregates_are_the_same_again(plot, tmp_path):
+    """Whatever was drawn from numpy's generator before."""
+    pytest.importorskip("rliable")
+    fake_tables(tmp_path)
+    runs = plot.load(plot.Options(tables=tmp_path))
+    runs["return"] += plot.np.random.default_rng(0).normal(size=len(runs)) * 1000
+    texts = []
+    for seed in (1, 2):
+        plot.np.random.seed(seed)
+        texts.append(plot.aggregates(runs, reps=50))
+    assert texts[0] == texts[1] and "to 1." in texts[0]
+
+
+def test_runs_by_hand_with_other_flags_do_not_mix(tmp_path):
+    collect = module("collect")
+    for age, gamma in enumerate((0.9, 0.99)):
+        folder = make_run(tmp_path / str(gamma), evaluation(4000, mean=age), seed=11 + age)
+        args = json.loads((folder / "args.json").read_text()) | {"gamma": gamma}
+        (folder / "args.json").write_text(json.dumps(args))
+        os.utime(folder / "agent.pt", (1000 + age, 1000 + age))
+    assert [run["seed"] for run in collect.read_folder(tmp_path)] == [12]
 
 
 def test_the_tables_go_into_a_page_between_its_comments(plot, tmp_path):
@@ -601,7 +646,7 @@ def test_runs_of_a_wandb_project(plot):
         SimpleNamespace(name="CartPole-v1__ppo__11__now", config=config, group=group, scan_history=lambda: rows),
         SimpleNamespace(name="CartPole-v1__ppo__12__now", config=config, group=None, scan_history=lambda: rows[1:]),
     ]
-    (run,) = plot.read_wandb("team/project", SimpleNamespace(runs=lambda path, order: runs))
+    (run,) = plot.read_wandb("team/project", api=SimpleNamespace(runs=lambda path, order: runs))
     assert (run["script"], run["variant"], run["return"], run["wall_s"]) == ("ppo", "one-env", 10.0, 40.0)
     assert run["curve"][-1] == 3.0
 

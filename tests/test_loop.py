@@ -325,6 +325,55 @@ def test_the_target_network_of_dqn_has_a_clock_of_its_own(num_envs, monkeypatch,
     assert spy.polyak == [-(-step // num_envs) for step in range(7, end + 1, 7)]
 
 
+@pytest.mark.parametrize("num_envs", (2, 5, 9, 180))
+def test_the_updates_of_dqn_meet_the_same_targets_with_any_number_of_environments(num_envs, monkeypatch, quiet):
+    """The updates and those of the target network alternate as they do with one environment."""
+    events, update, polyak = [], dqn.dqn_update, dqn.polyak
+    monkeypatch.setattr(dqn, "dqn_update", lambda *rest: events.append("update") or update(*rest))
+    monkeypatch.setattr(dqn, "polyak", lambda *rest: events.append("target") or polyak(*rest))
+    flags = dict(train_frequency=3, gradient_steps=2, target_network_frequency=7, learning_starts=10, batch_size=8)
+    made = []
+    for count in (1, num_envs):
+        dqn.train(dqn.Args(num_envs=count, total_timesteps=180, **flags, **quiet))
+        made.append(events.copy())
+        events.clear()
+    assert made[0] == made[1] and made[0].count("target") == 180 // 7 and made[0].count("update") == 2 * (60 - 3)
+
+
+@replay
+def test_without_checkpoints_the_buffer_is_never_copied(module, monkeypatch, tmp_path):
+    """It may be most of the memory."""
+    monkeypatch.delattr(module.ReplayBuffer, "state_dict")
+    flags = dict(total_timesteps=30, learning_starts=10, batch_size=8, runs_dir=str(tmp_path), eval_episodes=1)
+    folder = module.train(module.Args(env_id=clock(module), **flags))
+    assert (folder / "agent.pt").exists()
+
+
+def test_a_batch_that_is_cut_is_completed_by_v_as_after_a_time_limit(monkeypatch, quiet):
+    flags = quiet | dict(env_id="tests.envs:Forever-v0")
+    seen = rollouts(reinforce, monkeypatch, num_envs=2, total_timesteps=12, **flags)
+    assert len(seen) == 1
+    rollout = seen[0][0]
+    assert rollout.done.shape == (6, 2)
+    assert rollout.done[-1].all() and not rollout.done[:-1].any() and not rollout.terminated.any()
+
+
+@everywhere
+def test_evaluation_forks_the_generator_of_the_device(module, monkeypatch):
+    """So that it stays as it was. A GPU is not needed to see that it is asked for."""
+    forked, fork = [], torch.random.fork_rng
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: forked.append([*devices]) or fork([]))
+    args = module.Args(env_id=clock(module), eval_episodes=1)
+    agent = module.Agent(module.make_envs(args, 1), args, torch.device("cpu"))
+    for device in ("cpu", "cuda", "mps"):
+        monkeypatch.setattr(agent, "act", lambda obs, explore: agent.random_action(len(obs)))
+        if not hasattr(agent, "random_action"):
+            monkeypatch.setattr(agent, "act", lambda obs, explore: np.zeros(len(obs), np.int64))
+        agent.device = torch.device(device)
+        module.evaluate(agent, args)
+    assert forked == [[], [torch.device("cuda")], [torch.device("mps")]]
+
+
 @everywhere
 def test_evaluation_leaves_the_agent_and_the_generators_alone(module):
     """Nor do they matter to it, even if the environment draws from them."""

@@ -18,6 +18,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalon
 FEW = "--seed 3 --eval-episodes 2 --log-every 1 --num-envs 4"
 COMMANDS = {
     "reinforce": f"reinforce {FEW} --total-timesteps 150",
+    "reinforce-none": f"reinforce {FEW} --total-timesteps 150 --baseline none",
     "a2c": f"a2c {FEW} --total-timesteps 300",
     "a2c-box": f"a2c {FEW} --total-timesteps 300 --env-id Pendulum-v1",
     "ppo": f"ppo {FEW} --total-timesteps 512 --num-steps 32 --checkpoint-every 256",
@@ -53,7 +54,7 @@ def test_two_processes_have_the_same_agent_to_the_last_bit(trained, name):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "reinforce"])
+@pytest.mark.parametrize("name", [name for name in COMMANDS if not name.startswith("reinforce")])
 def test_two_processes_make_what_one_alone_makes(trained, name):
     """The same environments, noise, rollouts, minibatches and steps: equal but for the rounding of sums."""
     number = [*COMMANDS].index(name)
@@ -69,9 +70,10 @@ def test_two_processes_make_what_one_alone_makes(trained, name):
             assert mine[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-4), key
 
 
-def test_two_processes_of_reinforce_make_nearly_what_one_makes(trained):
+@pytest.mark.parametrize("name", ["reinforce", "reinforce-none"])
+def test_two_processes_of_reinforce_make_nearly_what_one_makes(trained, name):
     """Only nearly: halves of an odd number of steps have unlike means of the value's errors."""
-    two, one = (torch.load(folder / "0-0.pt") for folder in trained)
+    two, one = (torch.load(folder / f"{[*COMMANDS].index(name)}-0.pt") for folder in trained)
     for key in one:
         np.testing.assert_allclose(two[key], one[key], rtol=1e-2, atol=1e-3, err_msg=key)
 

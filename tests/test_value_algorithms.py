@@ -678,7 +678,7 @@ def test_a_buffer_goes_on_from_a_checkpoint(module, turns):
             larger.add(*numbered(module, 2 * turn, 2))
         assert set(larger.rows.reward.tolist()) == {10.0 * n for n in range(20)}
     else:
-        with pytest.raises(ValueError, match="room for 10 transitions, not 20"):
+        with pytest.raises(ValueError, match="holds 10 transitions, not 20"):
             make(20).load_state_dict(state)
     if turns > 3:
         with pytest.raises(ValueError, match="not 8"):
