@@ -5,12 +5,13 @@
     python benchmark/plot.py --runs-dir runs/benchmark    # of a folder of runs, those of the scripts alone too
     python benchmark/plot.py --wandb entity/project       # of a project on Weights & Biases
 
-Needs pandas, matplotlib and rliable (benchmark/requirements.txt). Writes curves-SUITE.png, variants.png, published.png
-and results.md.
+Needs pandas, matplotlib and rliable (benchmark/requirements.txt). Writes curves-SUITE.png, published.png, results.md,
+and of an ablation variants.png and variants.md.
 """
 
 import itertools
 import math
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,6 +204,17 @@ def spread(returns: np.ndarray) -> str:
     return f" [{number(low)}, {number(high)}]"
 
 
+def linked(source: str) -> str:
+    """owner/name@commit:path as a link in Markdown, to the folder if the path has a pattern; others as they are."""
+    match = re.fullmatch(r"([\w.-]+/([\w.-]+))@(\w+):(.+)", source)
+    if not match:
+        return source
+    repository, name, commit, path = match.groups()
+    kind = "tree" if "*" in path else "blob"
+    path = path.split("*")[0].rpartition("/")[0] if "*" in path else path
+    return f"[{name}](https://github.com/{repository}/{kind}/{commit}/{path})"
+
+
 def results_table(results: pd.DataFrame, published: pd.DataFrame) -> str:
     """Final returns in Markdown, bold where those of FEWEST seeds or more reach the published ones on average."""
     lines = ["| environment | script | steps | return | seeds | published | source |"]
@@ -217,9 +229,9 @@ def results_table(results: pd.DataFrame, published: pd.DataFrame) -> str:
             for _, row in matching.iterrows():
                 std = "" if math.isnan(row["return_std"]) else f" ± {number(row['return_std'])}"
                 theirs = f"{number(row['return_mean'])}{std}, {row['runs']:.0f} run{'s' if row['runs'] > 1 else ''}"
-                source = row["source"]
+                source = linked(row["source"])
                 if row["published_env_id"] != env_id:
-                    source += f" ({row['published_env_id']})"
+                    source += f", {row['published_env_id']}"
                 text = f"**{text}**" if mean >= row["return_mean"] and len(runs) >= FEWEST else text
         text += spread(runs["return"].to_numpy())
         seeds = ranges(runs["seed"].tolist()) + ("*" if set(runs["seed"]) & set(CHOOSE) else "")
@@ -339,7 +351,9 @@ def main(options: Options) -> None:
     varied = cells[runs["variant"] != ""].value_counts()
     if len(varied) and (cells[runs["variant"] == ""] == varied.index[0]).any():  # the cell that has most of them
         draw_variants(runs[cells == varied.index[0]], options.out / "variants.png")
-    parts = [results_table(runs, published)]
+    if len(plain) < len(runs):
+        (options.out / "variants.md").write_text(results_table(runs[runs["variant"] != ""], published) + "\n")
+    parts = [results_table(plain, published)]
     if options.peers.exists():
         parts.append(peers_table(runs, pd.read_csv(options.peers)))
     text = "\n\n".join(filter(None, [*parts, aggregates(runs, options.reps)]))

@@ -15,9 +15,11 @@ The limit is what the environment takes alone and the products of matrices of th
 reaches with large ones; the rest of a step is Python, dispatch, small operations and waiting for memory.
 """
 
+import contextlib
 import csv
 import functools
 import importlib
+import importlib.metadata
 import json
 import os
 import statistics
@@ -54,6 +56,7 @@ CASES = {
     "sac-HalfCheetah": ("HalfCheetah-v5", OFF_POLICY, "SAC", PEER_OFF_POLICY | OFF_POLICY, 1_000, 3_000),
 }
 RUNNERS = {"rungs": "Rungs", "rungs-compile": "Rungs, --compile", "sb3": "Stable-Baselines3", "sbx": "SBX"}
+PEERS = ("stable-baselines3", "sbx-rl", "jax")
 WIDTHS = (64, 256, 1024)
 NUM_ENVS = (1, 4, 16, 64, 256, 1024)
 # part of a step: what it consists of, in any of the scripts
@@ -301,6 +304,10 @@ def measure_all(options: Options) -> None:
         runners = ("limit", *options.runners)
         groups = [[(case, r, t, 0, 0) for r in runners for t in options.threads] for case in options.cases]
     made = {name.split("-")[0]: made_with(name.split("-")[0]) for name in CASES}
+    for package in PEERS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            for about in made.values():
+                about["versions"] += f", {package} {importlib.metadata.version(package)}"
     done = 1 + max((pair for pairs in read(options.out).values() for pair in pairs), default=-1)
     for group in groups:
         for pair in range(done, done + options.pairs):
@@ -317,13 +324,19 @@ def measure_all(options: Options) -> None:
 
 
 def read(path: Path) -> dict[tuple, dict[int, float]]:
-    """The speeds by case, runner, threads, number of environments and width; of each by its pair."""
-    speeds = {}
+    """The speeds by case, runner, threads, number of environments and width; of each by its pair.
+
+    Of a case only those of the machine and device that it was measured on last: others do not compare.
+    """
+    speeds, rows = {}, []
     if path.exists():
         with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                key = row["case"], row["runner"], int(row["threads"]), int(row["num_envs"]), int(row["width"])
-                speeds.setdefault(key, {})[int(row["pair"])] = float(row["speed"])
+            rows = list(csv.DictReader(file))
+    last = {row["case"]: (row["machine"], row["device"]) for row in rows}
+    for row in rows:
+        if (row["machine"], row["device"]) == last[row["case"]]:
+            key = row["case"], row["runner"], int(row["threads"]), int(row["num_envs"]), int(row["width"])
+            speeds.setdefault(key, {})[int(row["pair"])] = float(row["speed"])
     return speeds
 
 
@@ -372,7 +385,7 @@ def spread(values: Iterable[float], form: str) -> str:
 
 
 def draw(speeds: dict[tuple, dict[int, float]], path: Path) -> None:
-    """A bar chart: each runner's median steps per second over those of the slowest, with the range."""
+    """A bar chart: each runner's median steps per second over those of Stable-Baselines3, with the range."""
     import matplotlib
 
     matplotlib.use("agg")

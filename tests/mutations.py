@@ -192,8 +192,8 @@ MUTATIONS = [
     Mutation(
         "next_obs is the first of the next episode (replay)",
         REPLAY,
-        "reward, true_next_obs(next_obs, terminated | truncated, infos), terminated",
-        "reward, next_obs, terminated",
+        "reward, true_next_obs(next_obs, done, infos), terminated)",
+        "reward, next_obs, terminated)",
     ),
     Mutation(
         "true next_obs after termination only",
@@ -281,7 +281,7 @@ MUTATIONS = [
         "rollout.done.cumsum(0) == 0",
     ),
     Mutation("later episodes count as well", "reinforce.py", "[x[played] for x in (", "[x.flatten(0, 1) for x in ("),
-    Mutation("the baseline is added", "reinforce.py", "advantage = target - (mean", "advantage = target + (mean"),
+    Mutation("the baseline is added", "reinforce.py", "advantage = target - baseline", "advantage = target + baseline"),
     Mutation(
         "REINFORCE averages over steps", "reinforce.py", "* advantage).sum() / args.num_envs", "* advantage).mean()"
     ),
@@ -390,7 +390,10 @@ MUTATIONS = [
         "the learning rate never reaches the optimizer", POLICY_GRADIENT, '["lr"] = remaining * args', '["lr"] = args'
     ),
     Mutation(
-        "the learning rate never reaches the optimizer (dqn)", "dqn.py", '["lr"] = remaining * args', '["lr"] = args'
+        "the learning rate never reaches the optimizer (dqn)",
+        "dqn.py",
+        'critic_optimizer.param_groups[0]["lr"] = row[',
+        "row[",
     ),
     Mutation("Adam's own epsilon", "reinforce.py ppo.py", ", eps=1e-5, fused=True)", ", fused=True)"),
     Mutation(
@@ -438,10 +441,9 @@ MUTATIONS = [
     Mutation(
         "DQN: Double with the roles swapped",
         "dqn.py",
-        "        next_q = agent.target_critic(batch.next_obs)\n"
-        "        chooser = agent.critic(batch.next_obs) if args.double else next_q\n",
-        "        chooser = agent.target_critic(batch.next_obs)\n"
-        "        next_q = agent.critic(batch.next_obs) if args.double else chooser\n",
+        "        next_action = (agent.critic(batch.next_obs) if args.double else next_q).argmax(-1, keepdim=True)\n",
+        "        next_action = next_q.argmax(-1, keepdim=True)\n"
+        "        next_q = agent.critic(batch.next_obs) if args.double else next_q\n",
     ),
     Mutation(
         "DQN: value of the best action, not of the one taken",
@@ -455,13 +457,13 @@ MUTATIONS = [
     Mutation(
         "DQN: epsilon falls on and on",
         "dqn.py",
-        "min(1.0, step / (args.exploration_fraction * args.total_timesteps))",
-        "step / (args.exploration_fraction * args.total_timesteps)",
+        "min(1.0, step / max(1, args.exploration_fraction * args.total_timesteps))",
+        "step / max(1, args.exploration_fraction * args.total_timesteps)",
     ),
     Mutation(
         "DQN: epsilon falls over the whole run",
         "dqn.py",
-        "step / (args.exploration_fraction * args.total_timesteps)",
+        "step / max(1, args.exploration_fraction * args.total_timesteps)",
         "step / args.total_timesteps",
     ),
     Mutation("DQN: epsilon never falls", "dqn.py", "            agent.epsilon = epsilon_at(step, args)\n", ""),
@@ -476,14 +478,20 @@ MUTATIONS = [
     Mutation(
         "DQN: targets updated at multiples of the frequency only",
         "dqn.py",
-        "for _ in range(before // args.target_network_frequency, step // args.target_network_frequency):",
-        "if step % args.target_network_frequency == 0:",
+        "if now % args.target_network_frequency == 0:",
+        "if now == step and now % args.target_network_frequency == 0:",
     ),
     Mutation(
         "DQN: targets updated once a turn at most",
         "dqn.py",
-        "for _ in range(before // args.target_network_frequency, step // args.target_network_frequency):",
-        "if step // args.target_network_frequency > before // args.target_network_frequency:",
+        "if now % args.target_network_frequency == 0:",
+        "if now == step and step // args.target_network_frequency > before // args.target_network_frequency:",
+    ),
+    Mutation(
+        "DQN: targets updated after all updates of a turn",
+        "dqn.py",
+        "                if now % args.target_network_frequency == 0:\n    ",
+        "            for _ in range(before // args.target_network_frequency, step // args.target_network_frequency):\n",
     ),
     Mutation(
         "DQN: the network follows its target",
@@ -694,13 +702,19 @@ MUTATIONS = [
     Mutation("one update a turn", REPLAY, "return args.gradient_steps * max(0, turns)", "return max(0, turns)"),
     Mutation(
         "updates one turn ahead",
-        REPLAY,
+        CONTINUOUS,
         "range(updates_by(before, args), updates_by(step, args))",
         "range(updates_by(step, args), updates_by(step + args.num_envs, args))",
     ),
     Mutation(
+        "DQN: updates one step ahead",
+        "dqn.py",
+        "range(updates_by(now - 1, args), updates_by(now, args))",
+        "range(updates_by(now, args), updates_by(now + 1, args))",
+    ),
+    Mutation(
         "one batch for all updates of a turn",
-        "dqn.py ddpg.py sac.py",
+        "ddpg.py sac.py",
         "            for _ in range(updates_by(before, args), updates_by(step, args)):\n"
         "                batch = buffer.sample(args.batch_size)\n",
         "            batch = buffer.sample(args.batch_size)\n"
@@ -766,7 +780,12 @@ MUTATIONS = [
         "seed = seed_for(args.seed, 0)",
     ),
     Mutation("evaluation takes random numbers of the training", "*", "        restore(state)\n", "        pass\n"),
-    Mutation("evaluation draws what the training left", "*", "    seed_generators(seed)\n    with", "    with"),
+    Mutation(
+        "evaluation draws what the training left", "*", "        seed_generators(seed)\n        obs", "        obs"
+    ),
+    Mutation("evaluation rewinds the generator of the GPU", "*", "fork_rng(gpu)", "fork_rng([])"),
+    Mutation("the buffer is copied at the end", "*", 'else ["agent"] if finished', "else self.states if finished"),
+    Mutation("a batch is cut as if by death", "reinforce.py", "            done[waiting] = True", "            pass"),
     Mutation(
         "the buffer is as long as the training, not as its turns",
         REPLAY,

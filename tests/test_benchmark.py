@@ -471,7 +471,11 @@ def test_figures_and_tables(plot, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == text.strip()
     assert "| HalfCheetah-v5 | td3 | 100,000 | 3,012 (3,011 to 3,014) | 11–12, 14 | 5,336 ± 376.5, 10 runs |" in text
     assert "| Hopper-v5 | sac | 100,000 | **5,012** (5,011 to 5,014) | 11–12, 14 | 2,613 ± 990.8, 10 runs |" in text
-    assert "| Hopper-v5 | sac: `no-autotune` | 100,000 | 5,014 | 3* |" in text and "settings were chosen" in text
+    variants = (tmp_path / "figures/variants.md").read_text()
+    assert (
+        "| Hopper-v5 | sac: `no-autotune` | 100,000 | 5,014 | 3* |" in variants and "settings were chosen" in variants
+    )
+    assert "no-autotune" not in text and "settings were chosen" not in text
     one = plot.load(plot.Options(tables=tmp_path)).query("env_id == 'Hopper-v5' and script == 'sac' and seed == 11")
     single = plot.results_table(one, plot.pd.read_csv(plot.Options().published))
     assert "| 5,011 | 11 |" in single and "settings were chosen" not in single
@@ -549,6 +553,13 @@ def test_a_published_number_is_1_and_a_random_policy_0(plot, tmp_path, monkeypat
     plot.draw_published(plot.pd.DataFrame(runs), plot.pd.DataFrame(published), tmp_path / "published.png")
     ((name, dots, mean),) = drawn(shown[0])
     assert name == "Hopper-v5  sac  100  (2)" and dots == pytest.approx([0, 2]) and mean == pytest.approx(1)
+
+
+def test_sources_are_links(plot):
+    one, many = "someone/a-b.c@12ab:docs/x.md#L3", "someone/some@12ab:data/ppo/seed_*/x.csv"
+    assert plot.linked(one) == "[a-b.c](https://github.com/someone/a-b.c/blob/12ab/docs/x.md#L3)"
+    assert plot.linked(many) == "[some](https://github.com/someone/some/tree/12ab/data/ppo)"
+    assert plot.linked("a figure") == "a figure" and plot.linked("some@12ab:x.svg") == "some@12ab:x.svg"
 
 
 @pytest.mark.parametrize(
@@ -699,3 +710,14 @@ def test_ratios_are_those_of_one_pair(tmp_path, capsys):
     assert speed.ratios(*(speed.best_of(speeds, "dqn-CartPole", runner)[1] for runner in ("rungs", "sb3"))) == [2, 4]
     speed.report(speeds)
     assert "| dqn-CartPole | Stable-Baselines3 | 1 | 10 (5–15) | 3.00 (2.00–4.00) |" in capsys.readouterr().out
+
+
+def test_speeds_of_several_machines_do_not_mix(tmp_path):
+    speed = module("speed")
+    for pair, (case, machine, device) in enumerate(
+        [("ppo", "old", "cpu"), ("dqn", "old", "cpu"), ("ppo", "new", "cpu"), ("ppo", "new", "cuda")]
+    ):
+        row = dict(case=case, runner="rungs", threads=1, num_envs=0, width=0, pair=pair, speed=pair)
+        speed.append(tmp_path / "speed.csv", speed.FIELDS, row | {"machine": machine, "device": device})
+    speeds = speed.read(tmp_path / "speed.csv")
+    assert speeds == {("dqn", "rungs", 1, 0, 0): {1: 1.0}, ("ppo", "rungs", 1, 0, 0): {3: 3.0}}
