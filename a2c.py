@@ -263,6 +263,14 @@ def stack(steps: list[tuple[np.ndarray, ...]], device: torch.device) -> Rollout:
     return Rollout(*(torch.from_numpy(x).to(device) for x in (obs, action, reward, next_obs, terminated, done)))
 
 
+def true_next_obs(next_obs: np.ndarray, done: np.ndarray, infos: dict) -> np.ndarray:
+    """The observations (N, obs_dim) that the step led to: the last of an old episode, not the first of a new one."""
+    if done.any():
+        next_obs = next_obs.copy()
+        next_obs[done] = np.stack(infos["final_obs"][done])
+    return next_obs
+
+
 # ----- algorithm ------------------------------------------------------------------------------------------------------
 
 
@@ -550,14 +558,6 @@ def make_envs(args: Args, num_envs: int, video: Path | None = None) -> gym.vecto
         return envs
     except Exception as error:
         fail(f"{about}: {error}")
-
-
-def true_next_obs(next_obs: np.ndarray, done: np.ndarray, infos: dict) -> np.ndarray:
-    """The observations (N, obs_dim) that the step led to: the last of an old episode, not the first of a new one."""
-    if done.any():
-        next_obs = next_obs.copy()
-        next_obs[done] = np.stack(infos["final_obs"][done])
-    return next_obs
 
 
 def seed_for(*numbers: int) -> int:

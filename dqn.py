@@ -234,6 +234,14 @@ def free_memory(device: torch.device) -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
 
 
+def true_next_obs(next_obs: np.ndarray, done: np.ndarray, infos: dict) -> np.ndarray:
+    """The observations (N, obs_dim) that the step led to: the last of an old episode, not the first of a new one."""
+    if done.any():
+        next_obs = next_obs.copy()
+        next_obs[done] = np.stack(infos["final_obs"][done])
+    return next_obs
+
+
 # ----- algorithm ------------------------------------------------------------------------------------------------------
 
 
@@ -454,14 +462,6 @@ def make_envs(args: Args, num_envs: int, video: Path | None = None) -> gym.vecto
         return envs
     except Exception as error:
         fail(f"{about}: {error}")
-
-
-def true_next_obs(next_obs: np.ndarray, done: np.ndarray, infos: dict) -> np.ndarray:
-    """The observations (N, obs_dim) that the step led to: the last of an old episode, not the first of a new one."""
-    if done.any():
-        next_obs = next_obs.copy()
-        next_obs[done] = np.stack(infos["final_obs"][done])
-    return next_obs
 
 
 def seed_for(*numbers: int) -> int:
