@@ -31,7 +31,7 @@ Lillicrap et al. 2016, "Continuous control with deep reinforcement learning", ar
     python ddpg.py --env-id HalfCheetah-v5 --total-timesteps 100000 --learning-starts 5000
     python ddpg.py --resume runs/FOLDER --capture-video            # film a finished run
 
-The diff from dqn.py is the actor in the place of the maximum, target networks that follow in each update, and defaults.
+The diff from dqn.py: an actor in the place of the maximum, noise for epsilon, targets in each update, other defaults.
 """
 
 import copy

@@ -37,7 +37,8 @@ Haarnoja et al. 2018, "Soft actor-critic algorithms and applications", arXiv 181
     python sac.py --env-id HalfCheetah-v5 --total-timesteps 100000 --learning-starts 10000
     python sac.py --resume runs/FOLDER --capture-video             # film a finished run
 
-The diff from td3.py is the random policy with its entropy, and the temperature alpha that sets how random it is.
+The diff from td3.py is the random policy with its entropy, and the temperature alpha that sets how random it is. Its
+own noise smooths the target, so TD3's noise, target actor and delay go, and the actor climbs the lower critic.
 """
 
 import copy
