@@ -114,9 +114,9 @@ def classic(seeds: int = 10) -> list[Experiment]:
 
 def box2d(seeds: int = 5) -> list[Experiment]:
     lander, continuous, walker = "LunarLander-v3", "LunarLanderContinuous-v3", "BipedalWalker-v3"
-    dqn_lander = (
-        "--learning-rate 6.3e-4 --batch-size 128 --buffer-size 100000 --gradient-steps 1 --tau 0.005 "
-        "--target-network-frequency 1 --exploration-fraction 0.12 --end-e 0.05 --huber-delta 1"
+    zoo_dqn = (
+        "--learning-rate 6.3e-4 --batch-size 128 --buffer-size 50000 --train-frequency 4 --gradient-steps 4 "
+        "--exploration-fraction 0.12 --end-e 0.1 --huber-delta 1 --no-anneal-lr"
     )
     zoo_ppo = (
         "--num-envs 16 --num-steps 1024 --num-minibatches 256 --gae-lambda 0.98 --gamma 0.999 --ent-coef 0.01 "
@@ -139,8 +139,8 @@ def box2d(seeds: int = 5) -> list[Experiment]:
         ("reinforce", lander, 300_000, "", "defaults"),
         ("a2c", lander, 200_000, zoo_a2c, "after RL Zoo"),
         ("ppo", lander, 1_000_000, zoo_ppo, "after RL Zoo"),
-        ("dqn", lander, 100_000, dqn_lander, "ours"),
-        ("dqn", lander, 200_000, dqn_lander, "ours"),
+        ("dqn", lander, 100_000, zoo_dqn, "ours, near RL Zoo"),
+        ("dqn", lander, 200_000, zoo_dqn, "ours, near RL Zoo"),
         ("reinforce", continuous, 300_000, "", "defaults"),
         ("a2c", continuous, 300_000, zoo_a2c_continuous, "after RL Zoo"),
         ("ppo", continuous, 1_000_000, zoo_ppo, "after RL Zoo"),

@@ -10,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-PENDULUM = "--env-id Pendulum-v1 --total-timesteps 100000 --gamma 0.95 --learning-rate 1e-3 --num-steps 256 "
-PENDULUM += "--update-epochs 10 --num-minibatches 16"
+PENDULUM = "--env-id Pendulum-v1 --total-timesteps 100000 --gamma 0.95 --gae-lambda 0.9 --init-log-std 0 "
+PENDULUM += "--learning-rate 1e-3 --num-steps 256 --update-epochs 10 --num-minibatches 16"
 HALFCHEETAH = "--env-id HalfCheetah-v5 --total-timesteps 1000000 --num-envs 64 --num-steps 32 --update-epochs 10 "
 HALFCHEETAH += "--num-minibatches 32 --learning-rate 3e-4 --init-log-std -1"
 
