@@ -628,8 +628,8 @@ def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[st
             alive &= ~(terminated | truncated)
             if not alive.any():
                 break
-    for restore, state in zip((random.setstate, np.random.set_state), states):
-        restore(state)
+    random.setstate(states[0])
+    np.random.set_state(states[1])
     mean, std = returns.mean().item(), returns.std().item()
     return {"eval/episodic_return": mean, "eval/episodic_return_std": std, "eval/episodes": args.eval_episodes}
 

@@ -95,8 +95,8 @@ def summarize(args: dict, rows: list[dict], about: dict) -> dict:
     }
     result |= {"episodes": int(last["eval/episodes"]), "wall_s": round(wall, 1)}
     result |= {"steps_per_s": round(before / wall) if wall else ""}
-    result |= {"settings": settings_hash(args)} | {key: about[key] for key in MADE_WITH if key in about}
-    result |= {key: "" for key in MADE_WITH if key not in result}
+    made = {"settings": settings_hash(args)} | about
+    result |= {key: made.get(key, "") for key in MADE_WITH}
     return result | {"curve": [float(f"{total / episodes:.4g}") if episodes else "" for total, episodes in sums]}
 
 

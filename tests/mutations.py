@@ -779,7 +779,7 @@ MUTATIONS = [
         "seed = seed_for(args.seed, 0, 1)",
         "seed = seed_for(args.seed, 0)",
     ),
-    Mutation("evaluation takes random numbers of the training", "*", "        restore(state)\n", "        pass\n"),
+    Mutation("evaluation takes random numbers of the training", "*", "    np.random.set_state(states[1])\n", ""),
     Mutation(
         "evaluation draws what the training left", "*", "        seed_generators(seed)\n        obs", "        obs"
     ),

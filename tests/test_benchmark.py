@@ -434,6 +434,21 @@ def test_tables_keep_what_they_have(tmp_path, capsys):
     assert end.value.code == 2 and "no folder" in capsys.readouterr().err
 
 
+def test_seeds_of_a_range():
+    experiments = module("experiments")
+    hopper = next(e for e in experiments.EXPERIMENTS if (e.script, e.env_id) == ("ppo", "Hopper-v5"))
+    assert experiments.seeds_of("1,11-13,1", hopper) == [1, 11, 12, 13]
+    assert experiments.seeds_of("report", hopper) == [14, 15, 16, 17, 18]
+    with pytest.raises(ValueError, match="3-1 goes backwards"):
+        experiments.seeds_of("3-1", hopper)
+
+
+def test_a_run_without_an_evaluation_is_refused(capsys):
+    with pytest.raises(SystemExit) as end:
+        module("run").settings_of("ppo", ["--eval-episodes", "0"])
+    assert end.value.code == 2 and "without a result" in capsys.readouterr().err
+
+
 def test_published_rows_belong_to_the_grid():
     lines = (BENCHMARK / "published.csv").read_text().splitlines()
     header = lines[0].split(",")
@@ -660,6 +675,10 @@ def test_runs_of_a_wandb_project(plot):
     (run,) = plot.read_wandb("team/project", api=SimpleNamespace(runs=lambda path, order: runs))
     assert (run["script"], run["variant"], run["return"], run["wall_s"]) == ("ppo", "one-env", 10.0, 40.0)
     assert run["curve"][-1] == 3.0
+    runs[0].config = config | {"seed": 3}  # one on which settings are chosen
+    api = SimpleNamespace(runs=lambda path, order: runs[:1])
+    assert plot.read_wandb("team/project", api=api) == []
+    assert [run["seed"] for run in plot.read_wandb("team/project", tuning=True, api=api)] == [3]
 
 
 @pytest.mark.parametrize("options, message", (({"runs_dir": Path("nowhere")}, "no folder"), ({}, "no finished runs")))
