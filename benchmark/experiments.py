@@ -82,6 +82,9 @@ def classic(seeds: int = 10) -> list[Experiment]:
     zoo_ppo_car = "--num-envs 16 --num-steps 16 --gae-lambda 0.98 --learning-rate 3e-4"
     ppo_pendulum = "--gamma 0.95 --gae-lambda 0.9 --init-log-std 0 --learning-rate 1e-3 --num-steps 256 "
     ppo_pendulum += "--update-epochs 10 --num-minibatches 16"
+    # Random actions take the car to the goal in 0.3 % of the episodes if they are uniform, in 7 % if most lie at a bound.
+    wide = "--init-log-std 1"
+    ppo_car = "--num-envs 1 --num-steps 512 --update-epochs 10 --num-minibatches 8 --learning-rate 3e-4"
     a2c_pendulum = "--num-steps 8 --gae-lambda 0.9 --vf-coef 0.4 --gamma 0.9"
     rows = [
         ("reinforce", "CartPole-v1", 200_000, "", "defaults"),
@@ -102,9 +105,9 @@ def classic(seeds: int = 10) -> list[Experiment]:
         ("ddpg", "Pendulum-v1", 20_000, "", "defaults"),
         ("td3", "Pendulum-v1", 20_000, "", "defaults"),
         ("sac", "Pendulum-v1", 20_000, "", "defaults"),
-        ("reinforce", "MountainCarContinuous-v0", 100_000, "", "defaults"),
-        ("a2c", "MountainCarContinuous-v0", 100_000, "--num-envs 4 --num-steps 100", "after RL Zoo"),
-        ("ppo", "MountainCarContinuous-v0", 1_000_000, "", "defaults"),
+        ("reinforce", "MountainCarContinuous-v0", 100_000, wide, "ours"),
+        ("a2c", "MountainCarContinuous-v0", 100_000, f"--num-envs 4 --num-steps 100 {wide}", "ours, near RL Zoo"),
+        ("ppo", "MountainCarContinuous-v0", 20_000, f"{ppo_car} {wide}", "ours"),
         ("ddpg", "MountainCarContinuous-v0", 300_000, "--exploration-noise 0.5", "after RL Zoo"),
         ("td3", "MountainCarContinuous-v0", 300_000, "--exploration-noise 0.5", "after RL Zoo"),
         ("sac", "MountainCarContinuous-v0", 50_000, zoo_sac_car, "after RL Zoo"),
