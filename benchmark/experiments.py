@@ -99,7 +99,7 @@ def classic(seeds: int = 10) -> list[Experiment]:
         ("a2c", "MountainCar-v0", 1_000_000, "--num-envs 16", "after RL Zoo"),
         ("ppo", "MountainCar-v0", 1_000_000, zoo_ppo_car, "after RL Zoo"),
         ("dqn", "MountainCar-v0", 120_000, zoo_dqn_car, "ours, near RL Zoo"),
-        ("reinforce", "Pendulum-v1", 200_000, "--gamma 0.9", "ours"),
+        ("reinforce", "Pendulum-v1", 200_000, "--gamma 0.9 --num-envs 2 --learning-rate 3e-3", "ours"),
         ("a2c", "Pendulum-v1", 1_000_000, a2c_pendulum, "ours, near RL Zoo"),
         ("ppo", "Pendulum-v1", 100_000, ppo_pendulum, "ours, near RL Zoo"),
         ("ddpg", "Pendulum-v1", 20_000, "", "defaults"),
