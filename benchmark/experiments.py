@@ -91,7 +91,7 @@ def classic(seeds: int = 10) -> list[Experiment]:
         ("a2c", "CartPole-v1", 200_000, "", "defaults"),
         ("ppo", "CartPole-v1", 200_000, "", "defaults"),
         ("dqn", "CartPole-v1", 50_000, "", "defaults"),
-        ("reinforce", "Acrobot-v1", 200_000, "", "defaults"),
+        ("reinforce", "Acrobot-v1", 200_000, "--num-envs 2 --learning-rate 3e-3", "ours"),
         ("a2c", "Acrobot-v1", 500_000, "--num-envs 16", "after RL Zoo"),
         ("ppo", "Acrobot-v1", 300_000, zoo_ppo_acrobot, "after RL Zoo"),
         ("dqn", "Acrobot-v1", 100_000, "", "defaults"),
