@@ -91,6 +91,7 @@ class Args:
     checkpoint_every: int = 0  # steps between two checkpoints, each of which resets the environments; 0 for none
     resume: str = ""  # folder of a run to go on with; its flags apply, except those given here
 
+    hidden_sizes: tuple[int, int] = (120, 84)  # units of the two hidden layers of each network
     buffer_size: int = 1_000_000  # transitions in the replay buffer; the oldest give way
     learning_starts: int = 1_000  # steps before the first update; actions are uniformly random until then
     train_frequency: int = 1  # steps between two turns of learning
@@ -114,11 +115,13 @@ class Args:
 class QNetwork(nn.Module):
     """Q(s, a): the value of each action a in state s."""
 
-    def __init__(self, obs_dim: int, actions: int, dueling: bool):
+    def __init__(self, obs_dim: int, hidden_sizes: tuple[int, int], actions: int, dueling: bool):
         super().__init__()
-        self.hidden = nn.Sequential(nn.Linear(obs_dim, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU())
-        self.advantage = nn.Linear(84, actions)  # Q itself, if there is no V
-        self.value = nn.Linear(84, 1) if dueling else None
+        h1, h2 = hidden_sizes
+        hidden = nn.Linear(obs_dim, h1), nn.ReLU(), nn.Linear(h1, h2), nn.ReLU()
+        self.hidden = nn.Sequential(*hidden)
+        self.advantage = nn.Linear(h2, actions)  # Q itself, if there is no V
+        self.value = nn.Linear(h2, 1) if dueling else None
 
     def forward(self, obs: Tensor) -> Tensor:
         """Q (B, actions) for obs (B, obs_dim)."""
@@ -132,9 +135,9 @@ class Agent(nn.Module):
 
     def __init__(self, envs: gym.vector.VectorEnv, args: Args, device: torch.device):
         super().__init__()
-        space = envs.single_action_space
+        space, sizes = envs.single_action_space, args.hidden_sizes
         obs_dim = math.prod(envs.single_observation_space.shape)
-        self.critic = QNetwork(obs_dim, int(space.n), args.dueling)
+        self.critic = QNetwork(obs_dim, sizes, int(space.n), args.dueling)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.epsilon, self.eval_epsilon = args.start_e, args.eval_epsilon
         self.space = space
@@ -264,6 +267,12 @@ def critic_gradients(agent: Agent, args: Args, batch: Transitions) -> dict[str, 
     return log
 
 
+def epsilon_at(step: int, args: Args) -> float:
+    """The probability of a random action: linear from start_e to end_e, then constant."""
+    share = min(1.0, step / max(1, args.exploration_fraction * args.total_timesteps))
+    return args.start_e + share * (args.end_e - args.start_e)
+
+
 @torch.no_grad()
 def polyak(target: nn.Module, source: nn.Module, tau: float) -> None:
     """target <- tau source + (1 - tau) target, for every parameter."""
@@ -282,12 +291,6 @@ def dqn_update(
     log = gradients(agent, args, batch)
     critic_optimizer.step()
     return log
-
-
-def epsilon_at(step: int, args: Args) -> float:
-    """The probability of a random action: linear from start_e to end_e, then constant."""
-    share = min(1.0, step / max(1, args.exploration_fraction * args.total_timesteps))
-    return args.start_e + share * (args.end_e - args.start_e)
 
 
 def updates_by(step: int, args: Args) -> int:
@@ -378,6 +381,7 @@ def check_flags(args: Args) -> torch.device:
     for name in ("seed", "eval_episodes", "eval_every", "checkpoint_every"):
         require(getattr(args, name) >= 0, f"--{name.replace('_', '-')} must not be below 0")
     require(0 <= args.gamma <= 1, "--gamma must lie between 0 and 1")
+    require(min(args.hidden_sizes) > 0, "--hidden-sizes must be above 0")
     if args.capture_video:
         require(importlib.util.find_spec("moviepy") is not None, "--capture-video needs moviepy: pip install moviepy")
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -532,6 +536,7 @@ def load_run(args: Args) -> tuple[Args, dict]:
     name = "checkpoint.pt" if (folder / "checkpoint.pt").exists() else "agent.pt"
     try:
         flags = json.loads((folder / "args.json").read_text())
+        flags = {name: tuple(x) if isinstance(x, list) else x for name, x in flags.items()}  # JSON has no tuples
         script = flags.pop("script")
         require(script == Path(__file__).stem, f"{where} that is a run of {script}.py")
         old = Args(**flags | {"resume": args.resume})

@@ -87,6 +87,7 @@ class Args:
     checkpoint_every: int = 0  # steps between two checkpoints, each of which resets the environments; 0 for none
     resume: str = ""  # folder of a run to go on with; its flags apply, except those given here
 
+    hidden_sizes: tuple[int, int] = (64, 64)  # units of the two hidden layers of each network
     baseline: Literal["none", "mean", "value"] = "value"  # what is taken from the reward-to-go
     anneal_lr: bool = True  # lower the learning rate linearly to zero
     norm_obs: bool = True  # normalise observations by their running mean and standard deviation
@@ -97,9 +98,10 @@ class Args:
 # ----- networks -------------------------------------------------------------------------------------------------------
 
 
-def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
-    """Two tanh layers of 64 units and a linear one: orthogonal weights, with `gain` in the last layer, biases of 0."""
-    net = nn.Sequential(nn.Linear(inputs, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, outputs))
+def mlp(inputs: int, hidden_sizes: tuple[int, int], outputs: int, gain: float) -> nn.Sequential:
+    """Two tanh layers and a linear one: orthogonal weights, with `gain` in the last layer, biases of 0."""
+    h1, h2 = hidden_sizes
+    net = nn.Sequential(nn.Linear(inputs, h1), nn.Tanh(), nn.Linear(h1, h2), nn.Tanh(), nn.Linear(h2, outputs))
     for layer, layer_gain in zip(net[::2], (math.sqrt(2), math.sqrt(2), gain)):
         nn.init.orthogonal_(layer.weight, layer_gain)
         nn.init.zeros_(layer.bias)
@@ -109,9 +111,9 @@ def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
 class CategoricalPolicy(nn.Module):
     """pi(a|s) over a Discrete space: the softmax of the logits that the network gives to the actions."""
 
-    def __init__(self, obs_dim: int, space: gym.spaces.Discrete):
+    def __init__(self, obs_dim: int, hidden_sizes: tuple[int, int], space: gym.spaces.Discrete):
         super().__init__()
-        self.net = mlp(obs_dim, int(space.n), gain=0.01)
+        self.net = mlp(obs_dim, hidden_sizes, int(space.n), gain=0.01)
         self.start = int(space.start)
 
     def forward(self, obs: Tensor, explore: bool) -> Tensor:
@@ -139,9 +141,9 @@ class GaussianPolicy(nn.Module):
     What lies beyond a bound is cut off on the way to the environment only: pi is the density before that.
     """
 
-    def __init__(self, obs_dim: int, space: gym.spaces.Box, init_log_std: float):
+    def __init__(self, obs_dim: int, hidden_sizes: tuple[int, int], space: gym.spaces.Box, init_log_std: float):
         super().__init__()
-        self.net = mlp(obs_dim, math.prod(space.shape), gain=0.01)
+        self.net = mlp(obs_dim, hidden_sizes, math.prod(space.shape), gain=0.01)
         self.log_std = nn.Parameter(torch.full((math.prod(space.shape),), init_log_std))
         self.space = space
         bounded = np.isfinite(space.low) & np.isfinite(space.high)
@@ -209,13 +211,14 @@ class Agent(nn.Module):
 
     def __init__(self, envs: gym.vector.VectorEnv, args: Args, device: torch.device):
         super().__init__()
+        space, sizes = envs.single_action_space, args.hidden_sizes
         obs_dim = math.prod(envs.single_observation_space.shape)
-        if isinstance(envs.single_action_space, gym.spaces.Discrete):
-            self.policy = CategoricalPolicy(obs_dim, envs.single_action_space)
+        if isinstance(space, gym.spaces.Discrete):
+            self.policy = CategoricalPolicy(obs_dim, sizes, space)
         else:
-            self.policy = GaussianPolicy(obs_dim, envs.single_action_space, args.init_log_std)
+            self.policy = GaussianPolicy(obs_dim, sizes, space, args.init_log_std)
         self.to_env = self.policy.to_env
-        self.critic = mlp(obs_dim, 1, gain=1.0)
+        self.critic = mlp(obs_dim, sizes, 1, gain=1.0)
         self.obs_statistics = RunningStatistics(obs_dim) if args.norm_obs else None
         self.reward_scaler = RewardScaler(args.gamma) if args.norm_reward else None
         self.device = device
@@ -476,6 +479,7 @@ def check_flags(args: Args) -> torch.device:
     for name in ("seed", "eval_episodes", "eval_every", "checkpoint_every"):
         require(getattr(args, name) >= 0, f"--{name.replace('_', '-')} must not be below 0")
     require(0 <= args.gamma <= 1, "--gamma must lie between 0 and 1")
+    require(min(args.hidden_sizes) > 0, "--hidden-sizes must be above 0")
     if args.capture_video:
         require(importlib.util.find_spec("moviepy") is not None, "--capture-video needs moviepy: pip install moviepy")
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -630,6 +634,7 @@ def load_run(args: Args) -> tuple[Args, dict]:
     name = "checkpoint.pt" if (folder / "checkpoint.pt").exists() else "agent.pt"
     try:
         flags = json.loads((folder / "args.json").read_text())
+        flags = {name: tuple(x) if isinstance(x, list) else x for name, x in flags.items()}  # JSON has no tuples
         script = flags.pop("script")
         require(script == Path(__file__).stem, f"{where} that is a run of {script}.py")
         old = Args(**flags | {"resume": args.resume})

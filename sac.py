@@ -95,6 +95,7 @@ class Args:
     checkpoint_every: int = 0  # steps between two checkpoints, each of which resets the environments; 0 for none
     resume: str = ""  # folder of a run to go on with; its flags apply, except those given here
 
+    hidden_sizes: tuple[int, int] = (256, 256)  # units of the two hidden layers of each network
     buffer_size: int = 1_000_000  # transitions in the replay buffer; the oldest give way
     learning_starts: int = 1_000  # steps before the first update; actions are uniformly random until then
     train_frequency: int = 1  # steps between two turns of learning
@@ -112,10 +113,11 @@ class Args:
 class SquashedGaussianActor(nn.Module):
     """pi(a|s): the tanh of independent Gaussians."""
 
-    def __init__(self, obs_dim: int, action_dim: int):
+    def __init__(self, obs_dim: int, hidden_sizes: tuple[int, int], action_dim: int):
         super().__init__()
-        hidden = nn.Linear(obs_dim, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()
-        self.net = nn.Sequential(*hidden, nn.Linear(256, 2 * action_dim))
+        h1, h2 = hidden_sizes
+        hidden = nn.Linear(obs_dim, h1), nn.ReLU(), nn.Linear(h1, h2), nn.ReLU()
+        self.net = nn.Sequential(*hidden, nn.Linear(h2, 2 * action_dim))
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log standard deviation (B, action_dim) of the Gaussians, the latter from -5 to 2."""
@@ -126,10 +128,11 @@ class SquashedGaussianActor(nn.Module):
 class Critic(nn.Module):
     """Q(s, a): the value of action a in state s."""
 
-    def __init__(self, obs_dim: int, action_dim: int):
+    def __init__(self, obs_dim: int, hidden_sizes: tuple[int, int], action_dim: int):
         super().__init__()
-        hidden = nn.Linear(obs_dim + action_dim, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()
-        self.net = nn.Sequential(*hidden, nn.Linear(256, 1))
+        h1, h2 = hidden_sizes
+        hidden = nn.Linear(obs_dim + action_dim, h1), nn.ReLU(), nn.Linear(h1, h2), nn.ReLU()
+        self.net = nn.Sequential(*hidden, nn.Linear(h2, 1))
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         """Q (B,) for obs (B, obs_dim) and action (B, action_dim)."""
@@ -141,11 +144,11 @@ class Agent(nn.Module):
 
     def __init__(self, envs: gym.vector.VectorEnv, args: Args, device: torch.device):
         super().__init__()
-        space = envs.single_action_space
+        space, sizes = envs.single_action_space, args.hidden_sizes
         obs_dim = math.prod(envs.single_observation_space.shape)
         self.action_dim = math.prod(space.shape)
-        self.actor = SquashedGaussianActor(obs_dim, self.action_dim)
-        self.critics = nn.ModuleList([Critic(obs_dim, self.action_dim), Critic(obs_dim, self.action_dim)])
+        self.actor = SquashedGaussianActor(obs_dim, sizes, self.action_dim)
+        self.critics = nn.ModuleList([Critic(obs_dim, sizes, self.action_dim) for _ in range(2)])
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)), requires_grad=args.autotune)
         self.space = space
@@ -423,6 +426,7 @@ def check_flags(args: Args) -> torch.device:
     for name in ("seed", "eval_episodes", "eval_every", "checkpoint_every"):
         require(getattr(args, name) >= 0, f"--{name.replace('_', '-')} must not be below 0")
     require(0 <= args.gamma <= 1, "--gamma must lie between 0 and 1")
+    require(min(args.hidden_sizes) > 0, "--hidden-sizes must be above 0")
     if args.capture_video:
         require(importlib.util.find_spec("moviepy") is not None, "--capture-video needs moviepy: pip install moviepy")
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -577,6 +581,7 @@ def load_run(args: Args) -> tuple[Args, dict]:
     name = "checkpoint.pt" if (folder / "checkpoint.pt").exists() else "agent.pt"
     try:
         flags = json.loads((folder / "args.json").read_text())
+        flags = {name: tuple(x) if isinstance(x, list) else x for name, x in flags.items()}  # JSON has no tuples
         script = flags.pop("script")
         require(script == Path(__file__).stem, f"{where} that is a run of {script}.py")
         old = Args(**flags | {"resume": args.resume})

@@ -24,6 +24,9 @@ RESULT = (*CELL, "seed", "return", "return_std", "episodes", "wall_s", "steps_pe
 # What a run's result does not depend on, beside rounding; anything else makes it another run.
 NOT_SETTINGS = ("script", "seed", "device", "num_threads", "onednn", "compile", "track", "wandb_project_name")
 NOT_SETTINGS += ("wandb_entity", "wandb_group", "capture_video", "runs_dir", "log_every", "eval_every", "resume")
+# --hidden-sizes is younger than most results, all made with these: at them it does not count.
+HIDDEN_SIZES = dict.fromkeys(("reinforce", "a2c", "ppo"), [64, 64]) | {"dqn": [120, 84]}
+HIDDEN_SIZES |= dict.fromkeys(("ddpg", "td3", "sac"), [256, 256])
 POINTS = 40
 CURVE = (*CELL, "seed", *map(str, range(1, POINTS + 1)))  # column k: the k-th fortieth of the steps
 
@@ -61,8 +64,13 @@ def read_rows(folder: Path) -> list[dict]:
 
 
 def settings_hash(args: dict, edits: tuple = ()) -> str:
-    """A short hash of what a result depends on beside the seed: all flags, defaults included, and edits of the text."""
+    """A short hash of what a result depends on beside the seed: all flags, defaults included, and edits of the text.
+
+    `args` are the flags by name, and the script.
+    """
     settings = {name: value for name, value in args.items() if name not in NOT_SETTINGS}
+    if list(settings.get("hidden_sizes", ())) == HIDDEN_SIZES.get(args["script"]):
+        del settings["hidden_sizes"]
     text = json.dumps(settings, sort_keys=True) + (json.dumps(edits) if edits else "")
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 

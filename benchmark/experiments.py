@@ -72,7 +72,8 @@ class Experiment:
 def classic(seeds: int = 10) -> list[Experiment]:
     zoo_dqn_car = (
         "--learning-rate 4e-3 --batch-size 128 --buffer-size 10000 --gamma 0.98 --target-network-frequency 600 "
-        "--train-frequency 16 --gradient-steps 8 --exploration-fraction 0.2 --end-e 0.07 --huber-delta 1 --no-anneal-lr"
+        "--train-frequency 16 --gradient-steps 8 --exploration-fraction 0.2 --end-e 0.07 --huber-delta 1 --no-anneal-lr "
+        "--no-double --hidden-sizes 256 256"
     )
     zoo_sac_car = (
         "--learning-rate 3e-4 --q-lr 3e-4 --batch-size 512 --buffer-size 50000 --gamma 0.9999 --tau 0.01 "
@@ -98,7 +99,7 @@ def classic(seeds: int = 10) -> list[Experiment]:
         ("reinforce", "MountainCar-v0", 300_000, "", "defaults"),
         ("a2c", "MountainCar-v0", 1_000_000, "--num-envs 16", "after RL Zoo"),
         ("ppo", "MountainCar-v0", 1_000_000, zoo_ppo_car, "after RL Zoo"),
-        ("dqn", "MountainCar-v0", 120_000, zoo_dqn_car, "ours, near RL Zoo"),
+        ("dqn", "MountainCar-v0", 120_000, zoo_dqn_car, "after RL Zoo"),
         ("reinforce", "Pendulum-v1", 200_000, "--gamma 0.9 --num-envs 2 --learning-rate 3e-3", "ours"),
         ("a2c", "Pendulum-v1", 1_000_000, a2c_pendulum, "ours, near RL Zoo"),
         ("ppo", "Pendulum-v1", 100_000, ppo_pendulum, "ours, near RL Zoo"),
@@ -119,7 +120,7 @@ def box2d(seeds: int = 5) -> list[Experiment]:
     lander, continuous, walker = "LunarLander-v3", "LunarLanderContinuous-v3", "BipedalWalker-v3"
     zoo_dqn = (
         "--learning-rate 6.3e-4 --batch-size 128 --buffer-size 50000 --train-frequency 4 --gradient-steps 4 "
-        "--exploration-fraction 0.12 --end-e 0.1 --huber-delta 1 --no-anneal-lr"
+        "--exploration-fraction 0.12 --end-e 0.1 --huber-delta 1 --no-anneal-lr --hidden-sizes 256 256"
     )
     zoo_ppo = (
         "--num-envs 16 --num-steps 1024 --num-minibatches 256 --gae-lambda 0.98 --gamma 0.999 --ent-coef 0.01 "

@@ -81,7 +81,7 @@ def settings_of(script: str, flags: list[str], edits: tuple = ()) -> tuple[int, 
     """Steps and the hash of the settings that the flags make of the script, which an ablation may have edited."""
     if str(ROOT) not in sys.path:
         sys.path.append(str(ROOT))
-    args = asdict(tyro.cli(importlib.import_module(script).Args, args=flags, prog=f"{script}.py"))
+    args = {"script": script} | asdict(tyro.cli(importlib.import_module(script).Args, args=flags, prog=f"{script}.py"))
     if not args["eval_episodes"]:
         fail("--eval-episodes 0 leaves a run without a result")
     return args["total_timesteps"], settings_hash(args, edits)

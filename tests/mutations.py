@@ -58,12 +58,25 @@ MUTATIONS = [
     Mutation("hidden layers begin with gain 1", "*", "(math.sqrt(2), math.sqrt(2), gain)", "(1.0, 1.0, gain)"),
     Mutation("logits begin with gain 1", "*", "int(space.n), gain=0.01)", "int(space.n), gain=1.0)"),
     Mutation("means begin with gain 1", "*", "math.prod(space.shape), gain=0.01)", "math.prod(space.shape), gain=1.0)"),
-    Mutation("critic begins with gain 0.01", "*", "mlp(obs_dim, 1, gain=1.0)", "mlp(obs_dim, 1, gain=0.01)"),
+    Mutation("critic begins with gain 0.01", "*", "sizes, 1, gain=1.0)", "sizes, 1, gain=0.01)"),
+    Mutation(
+        "the hidden layers change places",
+        "reinforce.py a2c.py ppo.py dqn.py",
+        "h1, h2 = hidden_sizes",
+        "h2, h1 = hidden_sizes",
+    ),
+    Mutation(
+        "the first hidden layer of Q is as wide as the second",
+        CONTINUOUS,
+        "action_dim, h1), nn.ReLU(), nn.Linear(h1, h2)",
+        "action_dim, h2), nn.ReLU(), nn.Linear(h2, h2)",
+    ),
+    Mutation("a resumed run has a list of sizes", "*", "tuple(x) if isinstance(x, list) else x", "x"),
     Mutation(
         "ReLU for tanh",
         "*",
-        "nn.Linear(inputs, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh()",
-        "nn.Linear(inputs, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU()",
+        "nn.Linear(inputs, h1), nn.Tanh(), nn.Linear(h1, h2), nn.Tanh()",
+        "nn.Linear(inputs, h1), nn.ReLU(), nn.Linear(h1, h2), nn.ReLU()",
     ),
     Mutation("biases begin as torch has them", "*", "        nn.init.zeros_(layer.bias)\n", ""),
     Mutation(
@@ -511,7 +524,7 @@ MUTATIONS = [
         "the target begins elsewhere (ddpg)",
         "ddpg.py",
         "copy.deepcopy(self.critic)",
-        "Critic(obs_dim, self.action_dim)",
+        "Critic(obs_dim, sizes, self.action_dim)",
     ),
     Mutation("a value after termination", CONTINUOUS, "next_value * ~batch.terminated", "next_value"),
     Mutation(
@@ -536,8 +549,8 @@ MUTATIONS = [
     Mutation(
         "the second critic is a name of the first",
         "td3.py sac.py",
-        "[Critic(obs_dim, self.action_dim), Critic(obs_dim, self.action_dim)]",
-        "[Critic(obs_dim, self.action_dim)] * 2",
+        "[Critic(obs_dim, sizes, self.action_dim) for _ in range(2)]",
+        "[Critic(obs_dim, sizes, self.action_dim)] * 2",
     ),
     Mutation("the loss of the critics averages them", "td3.py sac.py", ".square().mean(-1).sum()", ".square().mean()"),
     Mutation("the actor goes downhill", "ddpg.py td3.py", "    loss = -agent.critic", "    loss = agent.critic"),
@@ -549,7 +562,7 @@ MUTATIONS = [
         "loss.backward()",
     ),
     Mutation(
-        "actor without tanh", "ddpg.py td3.py", "nn.Linear(256, action_dim), nn.Tanh())", "nn.Linear(256, action_dim))"
+        "actor without tanh", "ddpg.py td3.py", "nn.Linear(h2, action_dim), nn.Tanh())", "nn.Linear(h2, action_dim))"
     ),
     Mutation(
         "noisy actions beyond the bounds",

@@ -276,7 +276,7 @@ def test_reinforce_gradient_in_closed_form():
 @everywhere
 def test_categorical_is_torch_distributions(module):
     torch.manual_seed(0)
-    policy = module.CategoricalPolicy(3, gym.spaces.Discrete(5))
+    policy = module.CategoricalPolicy(3, (64, 64), gym.spaces.Discrete(5))
     torch.nn.init.normal_(policy.net[-1].weight)
     obs, action = torch.randn(50, 3), torch.randint(5, (50,))
     log_prob, entropy = policy.log_prob(obs, action)
@@ -289,7 +289,7 @@ def test_categorical_is_torch_distributions(module):
 @everywhere
 def test_gaussian_is_torch_distributions(module):
     torch.manual_seed(0)
-    policy = module.GaussianPolicy(3, gym.spaces.Box(-1, 1, (4,)), init_log_std=-0.5)
+    policy = module.GaussianPolicy(3, (64, 64), gym.spaces.Box(-1, 1, (4,)), init_log_std=-0.5)
     torch.nn.init.normal_(policy.log_std)
     obs, action = torch.randn(50, 3), torch.randn(50, 4)
     log_prob, entropy = policy.log_prob(obs, action)
@@ -305,12 +305,12 @@ def test_samples_have_the_distribution(module):
     torch.manual_seed(0)
     n = 200_000
     obs = torch.randn(1, 3)
-    categorical = module.CategoricalPolicy(3, gym.spaces.Discrete(4))
+    categorical = module.CategoricalPolicy(3, (64, 64), gym.spaces.Discrete(4))
     torch.nn.init.normal_(categorical.net[-1].weight)
     probs = categorical.net(obs).softmax(-1)[0]
     frequency = categorical(obs.expand(n, 3), explore=True).bincount(minlength=4) / n
     assert ((frequency - probs).abs() < 5 * (probs * (1 - probs) / n).sqrt()).all()
-    gaussian = module.GaussianPolicy(3, gym.spaces.Box(-1, 1, (2,)), init_log_std=0.0)
+    gaussian = module.GaussianPolicy(3, (64, 64), gym.spaces.Box(-1, 1, (2,)), init_log_std=0.0)
     gaussian.log_std.data = torch.tensor([-1.0, 0.5])
     draws = gaussian(obs.expand(n, 3), explore=True)
     std = gaussian.log_std.exp()
@@ -324,7 +324,7 @@ def test_actions_reach_the_bounds_of_each_dimension_and_no_further(module):
     space = gym.spaces.Box(
         np.array([[-1.0, 0.0], [-np.inf, -2.0]]), np.array([[3.0, 0.5], [np.inf, np.inf]]), dtype=np.float64
     )
-    policy = module.GaussianPolicy(3, space, init_log_std=0.0)
+    policy = module.GaussianPolicy(3, (64, 64), space, init_log_std=0.0)
     in_bounds = [[[-1.0, 0.0], [-1.0, -1.0]], [[1.0, 0.25], [0.0, 0.0]], [[3.0, 0.5], [1.0, 1.0]]]
     unit_actions = np.repeat([[-1.0], [0.0], [1.0]], 4, axis=1).astype(np.float32)
     np.testing.assert_allclose(policy.to_env(unit_actions), in_bounds)
@@ -336,7 +336,7 @@ def test_actions_reach_the_bounds_of_each_dimension_and_no_further(module):
 
 @everywhere
 def test_discrete_actions_begin_where_the_space_does(module):
-    policy = module.CategoricalPolicy(3, gym.spaces.Discrete(2, start=5))
+    policy = module.CategoricalPolicy(3, (64, 64), gym.spaces.Discrete(2, start=5))
     assert policy.to_env(np.array([0, 1, 1])).tolist() == [5, 6, 6]
 
 

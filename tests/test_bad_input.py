@@ -50,6 +50,8 @@ BAD_FLAGS = [
     ("--gamma 1.01", "--gamma", "between 0 and 1"),
     ("--gamma -0.1", "--gamma"),
     ("--gamma nan", "--gamma"),
+    ("--hidden-sizes 0 8", "--hidden-sizes", "above 0"),
+    ("--hidden-sizes 8 -1", "--hidden-sizes", "above 0"),
     ("--learning-rate nan", "--learning-rate"),
     ("--learning-rate inf", "--learning-rate"),
     ("--learning-rate 0", "--learning-rate", "above 0"),
@@ -319,8 +321,8 @@ def test_a_run_of_another_environment_or_seed_is_refused_even_where_the_flag_equ
 def test_a_checkpoint_of_other_networks_is_refused(stopped, not_resumed):
     script, folder = stopped
     other = {"dqn": ("--dueling",), "ddpg": (), "td3": (), "sac": ()}.get(script, ("--no-norm-obs",))
-    if other:
-        assert "does not fit" in not_resumed(script, folder, *other)
+    for flag in filter(None, (other, ("--hidden-sizes", "8", "8"))):
+        assert "does not fit" in not_resumed(script, folder, *flag)
     if script in REPLAY:
         assert "does not fit: its replay buffer" in not_resumed(script, folder, "--buffer-size", "1000")
 

@@ -86,6 +86,15 @@ def test_settings_are_the_same_whatever_does_not_change_the_result():
     assert settings_of("a2c", []) != usual
 
 
+def test_hidden_sizes_at_the_default_leave_the_settings_as_they_were_before_the_flag():
+    settings_of, settings_hash = module("run").settings_of, module("collect").settings_hash
+    for script in SCRIPTS:
+        args = {"script": script} | dataclasses.asdict(importlib.import_module(script).Args())
+        sizes = args.pop("hidden_sizes")
+        assert settings_of(script, ["--hidden-sizes", *map(str, sizes)])[1] == settings_hash(args)
+        assert settings_of(script, ["--hidden-sizes", "8", "8"])[1] != settings_hash(args)
+
+
 def test_dry_run_prints_lines_that_the_scripts_take(capsys):
     run = module("run")
     run.main(run.Options(suites=("classic",), seeds="11-12", dry_run=True))

@@ -35,7 +35,7 @@ BUDGETS = {
 COMMON_FLAGS = (
     "env_id seed total_timesteps num_envs learning_rate gamma device num_threads onednn compile track "
     "wandb_project_name wandb_entity wandb_group capture_video "
-    "runs_dir log_every eval_episodes eval_every checkpoint_every resume"
+    "runs_dir log_every eval_episodes eval_every checkpoint_every resume hidden_sizes"
 ).split()
 
 
@@ -106,7 +106,7 @@ def test_common_flags_come_first_and_alike():
     """Same order, names, types and help; the default too, unless the algorithm needs another."""
     for path in SCRIPTS:
         assert list(flags(path))[: len(COMMON_FLAGS)] == COMMON_FLAGS, path.name
-    of_the_algorithm = ("env_id", "total_timesteps", "num_envs", "learning_rate", "onednn")
+    of_the_algorithm = ("env_id", "total_timesteps", "num_envs", "learning_rate", "onednn", "hidden_sizes")
     for name in COMMON_FLAGS:
         types, defaults, lines = zip(*(flags(path)[name] for path in SCRIPTS))
         assert len(set(types)) == 1, name

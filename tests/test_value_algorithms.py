@@ -384,7 +384,7 @@ def test_actions_are_drawn_as_their_log_probability_says_and_the_deterministic_o
 
 
 def test_the_log_standard_deviation_stays_within_its_bounds():
-    actor = sac.SquashedGaussianActor(3, 2)
+    actor = sac.SquashedGaussianActor(3, (256, 256), 2)
     for bias, bound in ((-1e3, -5), (1e3, 2)):
         actor.net[-1].bias.data[2:] = bias
         assert actor(torch.randn(4, 3))[1].tolist() == [[bound] * 2] * 4
