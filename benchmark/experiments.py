@@ -72,8 +72,8 @@ class Experiment:
 def classic(seeds: int = 10) -> list[Experiment]:
     zoo_dqn_car = (
         "--learning-rate 4e-3 --batch-size 128 --buffer-size 10000 --gamma 0.98 --target-network-frequency 600 "
-        "--train-frequency 16 --gradient-steps 8 --exploration-fraction 0.2 --end-e 0.07 --huber-delta 1 --no-anneal-lr "
-        "--no-double --hidden-sizes 256 256"
+        "--train-frequency 16 --gradient-steps 8 --exploration-fraction 0.2 --end-e 0.07 --huber-delta 1 "
+        "--no-anneal-lr --no-double --hidden-sizes 256 256"
     )
     zoo_sac_car = (
         "--learning-rate 3e-4 --q-lr 3e-4 --batch-size 512 --buffer-size 50000 --gamma 0.9999 --tau 0.01 "
