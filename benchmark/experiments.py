@@ -158,7 +158,8 @@ def box2d(seeds: int = 5) -> list[Experiment]:
         ("td3", walker, 1_000_000, zoo_ddpg, "ours, near RL Zoo"),
         ("sac", walker, 500_000, zoo_sac_walker, "after RL Zoo"),
     ]
-    return [Experiment("box2d", *row, seeds) for row in rows]
+    # The seeds 11 to 15 had a say in the settings of DQN.
+    return [Experiment("box2d", *row, seeds, first=16 if row[:2] == ("dqn", lander) else REPORT) for row in rows]
 
 
 PPO_MUJOCO = "--num-envs 64 --num-steps 32 --update-epochs 10 --num-minibatches 32 --learning-rate 3e-4"
