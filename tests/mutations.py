@@ -71,7 +71,6 @@ MUTATIONS = [
         "action_dim, h1), nn.ReLU(), nn.Linear(h1, h2)",
         "action_dim, h2), nn.ReLU(), nn.Linear(h2, h2)",
     ),
-    Mutation("a resumed run has a list of sizes", "*", "tuple(x) if isinstance(x, list) else x", "x"),
     Mutation(
         "ReLU for tanh",
         "*",

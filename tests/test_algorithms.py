@@ -274,6 +274,14 @@ def test_reinforce_gradient_in_closed_form():
 
 
 @everywhere
+@pytest.mark.parametrize("space", [gym.spaces.Discrete(2), gym.spaces.Box(-1, 1, (2,))], ids=["Discrete", "Box"])
+def test_hidden_sizes_are_those_of_every_network(module, space):
+    agent = module.Agent(spaces(space, obs_dim=3), module.Args(hidden_sizes=(5, 7)), torch.device("cpu"))
+    for net, outputs in ((agent.policy.net, 2), (agent.critic, 1)):
+        assert [(layer.in_features, layer.out_features) for layer in net[::2]] == [(3, 5), (5, 7), (7, outputs)]
+
+
+@everywhere
 def test_categorical_is_torch_distributions(module):
     torch.manual_seed(0)
     policy = module.CategoricalPolicy(3, (64, 64), gym.spaces.Discrete(5))

@@ -77,6 +77,15 @@ def gradient(module, agent):
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
 
+@everywhere
+def test_hidden_sizes_are_those_of_every_network(module):
+    agent, _ = make_agent(module, obs_dim=3, hidden_sizes=(5, 7))
+    layers = [layer for layer in agent.modules() if isinstance(layer, torch.nn.Linear)]
+    assert {layer.out_features for layer in layers[::3]} == {5}
+    assert {(layer.in_features, layer.out_features) for layer in layers[1::3]} == {(5, 7)}
+    assert {layer.in_features for layer in layers[2::3]} == {7}
+
+
 # ----- dqn.py
 
 
