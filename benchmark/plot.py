@@ -136,8 +136,13 @@ def draw_curves(runs: pd.DataFrame, path: Path) -> None:
     plt.close(figure)
 
 
-def draw_rows(rows: dict[str, tuple[np.ndarray, object]], label: str, line: float, path: Path) -> None:
-    """A row for each name: a dot a seed, a stroke at their mean, in a color; and a vertical line to compare with."""
+def draw_rows(
+    rows: dict[str, tuple[np.ndarray, object]], label: str, line: float, path: Path, ticks: tuple[int, ...] = ()
+) -> None:
+    """A row for each name: a dot a seed, a stroke at their mean, in a color; and a vertical line to compare with.
+
+    With `ticks` the axis is logarithmic above 2, and these are its numbers.
+    """
     figure, axis = plt.subplots(figsize=(8, 0.24 * len(rows) + 1), layout="constrained")
     axis.axvline(line, color="black", linewidth=0.8, linestyle="--")
     for place, (values, color) in enumerate(rows.values()):
@@ -145,6 +150,11 @@ def draw_rows(rows: dict[str, tuple[np.ndarray, object]], label: str, line: floa
         axis.plot(values.mean(), place, "|", color=color, markersize=11, markeredgewidth=2.5)
     axis.set_yticks(range(len(rows)), rows, fontsize=8)
     axis.set_ylim(len(rows) - 0.4, -0.6)
+    if ticks:
+        axis.set_xscale("symlog", linthresh=2, linscale=2)
+        axis.set_xticks(ticks, map(str, ticks))
+        axis.minorticks_off()
+        axis.set_xlim(left=min(values.min() for values, _ in rows.values()) - 0.1)
     axis.set_xlabel(label, fontsize=9)
     axis.tick_params(axis="x", labelsize=8)
     axis.grid(alpha=0.3)
@@ -175,7 +185,7 @@ def draw_published(results: pd.DataFrame, published: pd.DataFrame, path: Path) -
             rows[f"{env_id}  {script}  {steps:,}  ({len(values)})"] = values, COLORS.get(script)
     if rows:
         label = "return: 0 that of a random policy, 1 the published one"
-        draw_rows(rows, label, 1.0, path)
+        draw_rows(rows, f"{label} (logarithmic above 2)", 1.0, path, ticks=(0, 1, 2, 5, 10, 20))
 
 
 def ranges(seeds: list[int]) -> str:
