@@ -577,6 +577,8 @@ def test_a_published_number_is_1_and_a_random_policy_0(plot, tmp_path, monkeypat
     plot.draw_published(plot.pd.DataFrame(runs), plot.pd.DataFrame(published), tmp_path / "published.png")
     ((name, dots, mean),) = drawn(shown[0])
     assert name == "Hopper-v5  sac  100  (2)" and dots == pytest.approx([0, 2]) and mean == pytest.approx(1)
+    (axis,) = shown[0].axes
+    assert axis.get_xscale() == "symlog" and axis.get_xlim()[0] < 0 and [*axis.get_xticks()] == [0, 1, 2, 5, 10, 20]
 
 
 def test_sources_are_links(plot):
