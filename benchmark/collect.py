@@ -2,8 +2,9 @@
 
     python benchmark/collect.py runs/benchmark     # into benchmark/results.csv and benchmark/curves.csv
 
-A row that is in the tables already stays, unless its cell (script, environment, steps, variant) was run again with
-other settings, or its seed again. Runs on the seeds on which settings were chosen are left out.
+A row that is in the tables already stays, unless its seed was run again. Where the runs of a cell (script, environment,
+steps, variant) have other settings than its rows, --replace puts them in the place of the rows. Runs on the seeds on
+which settings were chosen are left out.
 """
 
 import csv
@@ -36,6 +37,7 @@ class Options:
     runs_dir: tyro.conf.Positional[Path]  # a folder with runs in it, at any depth
     out: Path = HERE  # where results.csv and curves.csv are
     tuning: bool = False  # take the seeds on which settings are chosen, and leave out the others
+    replace: bool = False  # runs with other settings than the rows of their cell take the place of these
 
 
 def fail(message: str) -> None:
@@ -55,7 +57,7 @@ def read_json(path: Path) -> dict:
 def read_rows(folder: Path) -> list[dict]:
     """The rows of a run's metrics; a torn last one is left out."""
     rows, path = [], folder / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -78,7 +80,7 @@ def settings_hash(args: dict, edits: tuple = ()) -> str:
 def is_finished(args: dict, rows: list[dict]) -> bool:
     """Whether a run was trained to its end and evaluated there."""
     last = rows[-1] if rows else {}
-    return "eval/episodic_return" in last and last["global_step"] >= args["total_timesteps"]
+    return "eval/episodic_return" in last and last["global_step"] >= args.get("total_timesteps", math.inf)
 
 
 def summarize(args: dict, rows: list[dict], about: dict) -> dict:
@@ -108,14 +110,19 @@ def summarize(args: dict, rows: list[dict], about: dict) -> dict:
     return result | {"curve": [float(f"{total / episodes:.4g}") if episodes else "" for total, episodes in sums]}
 
 
+def settings_of_cells(runs: list[dict]) -> dict[tuple, str]:
+    """The settings that each cell had last, of runs with the oldest first."""
+    return {tuple(str(run[name]) for name in CELL): run["settings"] for run in runs}
+
+
 def keep_newest(runs: list[dict]) -> list[dict]:
     """Of the runs, oldest first, those with the settings that their cell had last, and of each seed the last."""
-
-    def key(run: dict, *more: str) -> tuple:
-        return tuple(str(run[name]) for name in (*CELL, *more))
-
-    settings = {key(run): run["settings"] for run in runs}
-    return list({key(run, "seed"): run for run in runs if run["settings"] == settings[key(run)]}.values())
+    settings, kept = settings_of_cells(runs), {}
+    for run in runs:
+        cell = tuple(str(run[name]) for name in CELL)
+        if run["settings"] == settings[cell]:
+            kept[*cell, str(run["seed"])] = run
+    return list(kept.values())
 
 
 def read_folder(runs_dir: Path, tuning: bool = False) -> list[dict]:
@@ -161,8 +168,12 @@ def main(options: Options) -> None:
     """Adds the finished runs to the tables."""
     if not options.runs_dir.is_dir():
         fail(f"there is no folder {options.runs_dir}")
-    runs = read_folder(options.runs_dir, options.tuning)
-    merged = keep_newest(read_tables(options.out) + runs)
+    runs, rows = read_folder(options.runs_dir, options.tuning), read_tables(options.out)
+    now = settings_of_cells(rows + runs)
+    gone = [" ".join(filter(None, cell)) for cell, old in settings_of_cells(rows).items() if now[cell] != old]
+    if gone and not options.replace:
+        fail(f"the runs have other settings than the rows of {', '.join(gone)}; --replace puts them in their place")
+    merged = keep_newest(rows + runs)
     write_tables(options.out, merged)
     print(f"{len(runs)} finished runs in {options.runs_dir}, {len(merged)} in {options.out / 'results.csv'}")
 

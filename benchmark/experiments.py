@@ -300,10 +300,11 @@ def seeds_of(text: str, experiment: Experiment) -> list[int]:
         return list(CHOOSE)
     seeds = []
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        if not (first.isdecimal() and (last or first).isdecimal()):
+        first, dash, last = part.partition("-")
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal()):
             raise ValueError(f"--seeds {text}: say report, choose, or numbers and ranges such as 1,11-15")
-        if not (numbers := range(int(first), int(last or first) + 1)):
+        if not (numbers := range(int(first), int(last) + 1)):
             raise ValueError(f"--seeds {text}: {part} goes backwards")
         seeds += numbers
     return list(dict.fromkeys(seeds))

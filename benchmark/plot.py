@@ -52,10 +52,12 @@ def read_wandb(project: str, tuning: bool = False, api=None) -> list[dict]:
     runs = []
     try:
         for run in (api or wandb.Api()).runs(project, order="+created_at"):
-            script, args = run.name.split("__")[-3], dict(run.config)
+            args, (*_, script, _, _) = dict(run.config), ("", "", *run.name.split("__"))
+            if script not in SCRIPTS or not {"env_id", "total_timesteps", "seed"} <= set(args):
+                continue  # somebody else's
             rows = sorted(run.scan_history(), key=lambda row: row["_step"])
             rows = [{name: x for name, x in row.items() if x is not None} for row in rows]
-            rows = [row for row in rows if "charts/SPS" in row or "eval/episodic_return" in row]
+            rows = last_time([row for row in rows if "charts/SPS" in row or "eval/episodic_return" in row])
             tuned = bool(run.group) and args["seed"] in CHOOSE  # only run.py names groups
             if collect.is_finished(args, rows) and tuned == (bool(run.group) and tuning):
                 variant = "".join((run.group or "").split("__")[3:])
@@ -63,6 +65,24 @@ def read_wandb(project: str, tuning: bool = False, api=None) -> list[dict]:
     except Exception as error:
         fail(f"--wandb {project}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
     return collect.keep_newest(runs)
+
+
+def read_csv(path: Path) -> pd.DataFrame:
+    """A table, or one line on stderr and exit code 2."""
+    try:
+        return pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        fail(f"{path}: {error}")
+
+
+def last_time(rows: list[dict]) -> list[dict]:
+    """Of rows in the order of their writing those that were not written again, after a kill and from a checkpoint."""
+    kept, start = [], math.inf
+    for row in reversed(rows):
+        if row["global_step"] < start:
+            kept.append(row)
+            start = row["global_step"] if "charts/SPS" in row else start
+    return kept[::-1]
 
 
 def load(options: Options) -> pd.DataFrame:
@@ -100,6 +120,12 @@ def sort_key(row) -> tuple:
     return env, env_id, scripts.index(script) if script in scripts else len(scripts), steps, variant
 
 
+def budget(runs: pd.DataFrame) -> int:
+    """Of the numbers of steps of some runs the largest with FEWEST seeds, or the largest."""
+    seeds = runs["steps"].value_counts()
+    return max(seeds.index[seeds >= min(FEWEST, seeds.max())])
+
+
 def draw_curves(runs: pd.DataFrame, path: Path) -> None:
     """Mean training return over the seeds and its interval, a panel an environment."""
     env_ids = sorted(runs["env_id"].unique(), key=lambda env_id: sort_key((env_id, 0, "", "")))
@@ -112,7 +138,7 @@ def draw_curves(runs: pd.DataFrame, path: Path) -> None:
     labels = {}
     for axis, env_id in zip(axes.flat, env_ids):
         panel = runs[runs["env_id"] == env_id]
-        panel = panel[panel["steps"] == panel.groupby("script")["steps"].transform("max")]
+        panel = pd.concat([part[part["steps"] == budget(part)] for _, part in panel.groupby("script")])
         cells = dict(list(panel.groupby(["env_id", "steps", "script", "variant"])))
         for cell in sorted(cells, key=sort_key):
             _, steps, script, _ = cell
@@ -351,8 +377,11 @@ def put_into(path: Path, text: str) -> None:
 def main(options: Options) -> None:
     """Draws the curves, and writes and prints the tables."""
     runs = load(options)
-    published = pd.read_csv(options.published)
-    options.out.mkdir(parents=True, exist_ok=True)
+    published, peers = read_csv(options.published), read_csv(options.peers) if options.peers.exists() else None
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--out {options.out}: {error}")
     plain = runs[runs["variant"] == ""]
     for suite, part in plain.groupby(plain["env_id"].map(suite_of)):
         draw_curves(part, options.out / f"curves-{suite}.png")
@@ -364,8 +393,8 @@ def main(options: Options) -> None:
     if len(plain) < len(runs):
         (options.out / "variants.md").write_text(results_table(runs[runs["variant"] != ""], published) + "\n")
     parts = [results_table(plain, published)]
-    if options.peers.exists():
-        parts.append(peers_table(runs, pd.read_csv(options.peers)))
+    if peers is not None:
+        parts.append(peers_table(runs, peers.drop_duplicates(["script", "env_id", "steps", "seed"])))
     text = "\n\n".join(filter(None, [*parts, aggregates(runs, options.reps)]))
     (options.out / "results.md").write_text(text.strip() + "\n")
     if options.readme:

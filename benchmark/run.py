@@ -6,8 +6,9 @@
     python benchmark/run.py --suites mujoco --track                       # on Weights & Biases too
     python benchmark/run.py --suites mujoco --ray auto                    # on a Ray cluster (pip install ray)
 
-What is done is skipped, what was cut off goes on from its checkpoint, so the same command again does what is left. Two
-of them may share a folder, even from two machines. Ctrl-C stops every run with a checkpoint. Finished runs lose theirs.
+What is done is skipped, what was cut off goes on from its checkpoint, so the same command again does what is left; only
+a run whose checkpoint is damaged fails until its folder is deleted. Two of them may share a folder, even from two
+machines. Ctrl-C stops every run with a checkpoint. Finished runs lose theirs.
 """
 
 import contextlib
@@ -103,7 +104,13 @@ def plan(options: Options) -> list[tuple[Experiment, int, list[str]]]:
         fail(str(error))
     if not runs:
         fail("nothing in the grid is all of that; see --dry-run")
-    more = shlex.split(options.flags)
+    try:
+        more = shlex.split(options.flags)
+    except ValueError as error:
+        fail(f"--flags {options.flags}: {error}")
+    for flag in more:
+        if (name := flag.partition("=")[0].replace("_", "-")) in ("--env-id", "--seed", "--resume", "--runs-dir"):
+            fail(f"--flags {options.flags}: {name} is the grid's own; see --envs, --seeds and --runs-dir")
     return [(e, seed, e.command(seed) + more) for e, seed in sorted(runs, key=lambda run: run[1])]
 
 
@@ -135,9 +142,13 @@ def jobs_of(options: Options) -> list[Job]:
 
 def made_with(script: str) -> dict[str, str]:
     """Commit, versions and kind of machine; neither host name nor path."""
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain", f"{script}.py"], capture_output=True, text=True).stdout
+
+    def git(*arguments: str) -> str:
+        with contextlib.suppress(OSError):  # there may be none
+            return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout.strip()
+        return ""
+
+    commit, changed = git("rev-parse", "--short=10", "HEAD"), git("status", "--porcelain", f"{script}.py")
     versions = [f"python {platform.python_version()}"]
     for package in ("torch", "gymnasium", "numpy", "mujoco", "box2d"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -164,12 +175,13 @@ def edited(script: str, edits: tuple[tuple[str, str], ...]) -> str:
     return text
 
 
-def finished_run(folder: Path) -> Path | None:
-    """The finished run in a job's folder."""
+def finish(folder: Path) -> bool:
+    """Whether the run in a job's folder is finished; if so, its checkpoint goes: it may hold a buffer of gigabytes."""
     for agent in folder.glob("*/agent.pt"):
         if is_finished(read_json(agent.parent / "args.json"), read_rows(agent.parent)):
-            return agent.parent
-    return None
+            (agent.parent / "checkpoint.pt").unlink(missing_ok=True)
+            return True
+    return False
 
 
 def execute(job: Job, stop: threading.Event) -> str:
@@ -184,7 +196,7 @@ def execute(job: Job, stop: threading.Event) -> str:
         except BlockingIOError:
             stop.wait(2)
             return "busy"
-        if finished_run(folder):
+        if finish(folder):
             return "done"
         (folder / "run.json").write_text(json.dumps(job.about | made_with(job.script), indent=2))
         script = ROOT / f"{job.script}.py"
@@ -214,11 +226,7 @@ def execute(job: Job, stop: threading.Event) -> str:
                 if process.poll() is None:
                     process.terminate()
                     process.wait()
-        run = finished_run(folder)
-        if run:  # its checkpoint may hold a replay buffer of gigabytes
-            (run / "checkpoint.pt").unlink(missing_ok=True)
-            return "done"
-        return "stopped" if stop.is_set() else "failed"
+        return "done" if finish(folder) else "stopped" if stop.is_set() else "failed"
 
 
 def progress(job: Job) -> int | None:
@@ -285,7 +293,7 @@ def fill(jobs: list[Job], submit, workers: int, stop: threading.Event, cancel=la
             ended[outcome].append(job)
             table.say(f"{outcome:8} {job.title}" + (f": {error}" if outcome == "failed" and error else ""))
         if stop.is_set() and cancel:
-            table.say(f"stopping {len(running)} runs, each with a checkpoint")
+            table.say("stopping; what runs leaves a checkpoint")
             for future in running:
                 cancel(future)
             cancel = None
@@ -341,6 +349,8 @@ def fill_ray(jobs: list[Job], options: Options, stop: threading.Event) -> dict:
 
 def main(options: Options) -> None:
     """Fills the part of the grid that the options name; exit code 1 if a run failed."""
+    if options.workers < 0:
+        fail("--workers must not be below 0")
     if options.dry_run:
         for experiment, _, flags in plan(options):
             edits = f", an edit of the script: {experiment.variant}" if experiment.edits else ""
@@ -348,7 +358,7 @@ def main(options: Options) -> None:
             print(line + edits)
         return
     jobs, stop, signals = jobs_of(options), threading.Event(), []
-    left = [job for job in jobs if not finished_run(Path(job.folder))]
+    left = [job for job in jobs if not finish(Path(job.folder))]
     print(f"{len(jobs) - len(left)} of {len(jobs)} runs are done", flush=True)
 
     def on_signal(number: int, frame) -> None:
@@ -361,9 +371,10 @@ def main(options: Options) -> None:
         signal.signal(number, on_signal)
     ended = fill_ray(left, options, stop) if options.ray else fill_here(left, options.workers, stop)
     counts = ", ".join(f"{len(jobs)} {outcome}" for outcome, jobs in ended.items() if jobs)
-    print(f"{counts}; runs in {options.runs_dir}")
+    print(f"{counts or 'nothing was left'}; runs in {options.runs_dir}")
     for job in ended["failed"]:
-        print(f"failed: {job.title}; its log: {options.runs_dir / Path(job.folder).name / 'log.txt'}")
+        log = options.runs_dir / Path(job.folder).name / "log.txt"
+        print(f"failed: {job.title}" + (f"; its log: {log}" if log.exists() else ""))
     if signals:
         raise SystemExit(128 + signals[0])
     raise SystemExit(1 if ended["failed"] else 0)

@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from collect import fail
 from run import made_with
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -240,7 +241,7 @@ def measure(task: dict) -> float | dict[str, float] | None:
     command = [sys.executable, __file__, "--worker", json.dumps(task)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
-        print(f"{task}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        print(f"{task}: {(done.stderr.strip() or f'exit code {done.returncode}').splitlines()[-1]}", file=sys.stderr)
         return None
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -411,6 +412,9 @@ if __name__ == "__main__":
         workers = {"rungs": run_script, "rungs-compile": run_script, "limit": run_limit, "profile": run_profile}
         print(workers.get(described["runner"], run_peer)(described))
     else:
+        for names, known in ((chosen.cases, CASES), (chosen.runners, RUNNERS)):
+            if unknown := set(names) - set(known):
+                fail(f"{', '.join(sorted(unknown))}: choose from {', '.join(known)}")
         (profile_all if chosen.profile else measure_all)(chosen)
         report(read(chosen.out))
         report_profile(profile_of(chosen))

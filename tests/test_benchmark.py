@@ -113,6 +113,11 @@ def test_dry_run_prints_lines_that_the_scripts_take(capsys):
         ({"suites": ("xyz",)}, "there are classic, box2d, mujoco"),
         ({"scripts": ("dqn",), "envs": ("Hopper-v5",)}, "nothing in the grid"),
         ({"seeds": "1-x"}, "report, choose"),
+        ({"seeds": "11-"}, "report, choose"),
+        ({"workers": -1}, "--workers must not be below 0"),
+        ({"flags": "it's"}, "--flags it's: No closing quotation"),
+        ({"flags": "--seed 3"}, "--seed is the grid's own"),
+        ({"flags": "--gamma 0.9 --env_id=Acrobot-v1"}, "--env-id is the grid's own"),
         ({"scripts": ("ppo",), "envs": ("CartPole-v1",), "ray": "127.0.0.1:9"}, "--ray"),
     ),
 )
@@ -152,6 +157,21 @@ def test_one_failure_does_not_stop_the_rest_and_what_is_done_is_not_done_again(c
     about = json.loads((agent.parent.parent / "run.json").read_text())
     assert about["variant"] == "--eval-episodes 2" and "torch" in about["versions"] and about["machine"]
     assert os.uname().nodename not in json.dumps(about) and str(tmp_path) not in json.dumps(about)
+
+
+def test_what_is_left_of_a_run_that_was_cut_off_at_its_end(monkeypatch, tmp_path):
+    """Its checkpoint goes when it is found finished; a folder without flags or with bytes that are no text is none."""
+    run = module("run")
+    agent = make_run(tmp_path, evaluation(4000))
+    (agent / "checkpoint.pt").touch()
+    assert run.finish(tmp_path) and not (agent / "checkpoint.pt").exists()
+    (agent / "args.json").unlink()
+    assert not run.finish(tmp_path)
+    folder = make_run(tmp_path / "torn", evaluation(4000))
+    (folder / "metrics.jsonl").write_bytes(b"\xff\xfe" + (folder / "metrics.jsonl").read_bytes())
+    assert not run.finish(tmp_path / "torn")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run.made_with("ppo")["commit"] == "", "there is no git"
 
 
 def test_ctrl_c_stops_with_checkpoints_and_the_same_command_goes_on(tmp_path):
@@ -435,7 +455,13 @@ def test_tables_keep_what_they_have(tmp_path, capsys):
     assert (tmp_path / "out/curves.csv").read_text().count("5.0") == 2
     (tmp_path / "b").mkdir()
     make_run(tmp_path / "b", evaluation(4000, mean=50.0), seed=12, about={"settings": "other"})
-    collect.main(collect.Options(tmp_path / "b", out=tmp_path / "out"))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        collect.main(collect.Options(tmp_path / "b", out=tmp_path / "out"))
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and "rows of ppo CartPole-v1 4000; --replace" in error and error.count("\n") == 1
+    assert (tmp_path / "out/results.csv").read_text() == before, "nothing is lost"
+    collect.main(collect.Options(tmp_path / "b", out=tmp_path / "out", replace=True))
     (only,) = collect.read_tables(tmp_path / "out")
     assert (only["seed"], only["return"]) == ("12", "50.0"), "the whole cell gave way to its new settings"
     with pytest.raises(SystemExit) as end:
@@ -690,12 +716,38 @@ def test_runs_of_a_wandb_project(plot):
     api = SimpleNamespace(runs=lambda path, order: runs[:1])
     assert plot.read_wandb("team/project", api=api) == []
     assert [run["seed"] for run in plot.read_wandb("team/project", tuning=True, api=api)] == [3]
+    runs[0].name = "fluffy-cloud-3"
+    assert plot.read_wandb("team/project", tuning=True, api=api) == []
+    runs[0].name, runs[0].config = runs[1].name, {}
+    assert plot.read_wandb("team/project", tuning=True, api=api) == []
 
 
-@pytest.mark.parametrize("options, message", (({"runs_dir": Path("nowhere")}, "no folder"), ({}, "no finished runs")))
+def test_what_was_logged_twice_counts_once(plot):
+    """A run that was killed after step 300, and went on from a checkpoint of step 100."""
+    first, again = ([row(step, sps) for step in (200, 300)] for sps in (1, 2))
+    rows = [row(100, 1), evaluation(100), first[0], evaluation(200), first[1], *again, evaluation(300)]
+    assert plot.last_time(rows) == [*rows[:2], *again, rows[-1]]
+
+
+def test_a_curve_is_of_the_largest_number_of_steps_that_has_enough_seeds(plot):
+    steps = {100: 3, 125: 1, 50: 5}
+    assert plot.budget(plot.pd.DataFrame({"steps": sum(([s] * n for s, n in steps.items()), [])})) == 100
+    assert plot.budget(plot.pd.DataFrame({"steps": [100, 125]})) == 125
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    (
+        ({"runs_dir": Path("nowhere")}, "no folder"),
+        ({}, "no finished runs"),
+        ({"tables": BENCHMARK, "published": Path("nowhere.csv")}, "nowhere.csv"),
+        ({"tables": BENCHMARK, "peers": Path(os.devnull)}, os.devnull),
+        ({"tables": BENCHMARK, "out": BENCHMARK / "plot.py"}, "--out"),
+    ),
+)
 def test_bad_input_to_plot_is_refused_in_one_line(plot, options, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
-        plot.main(plot.Options(tables=tmp_path, out=tmp_path, **options))
+        plot.main(plot.Options(**{"tables": tmp_path, "out": tmp_path} | options))
     error = capsys.readouterr().err
     assert end.value.code == 2 and message in error and error.count("\n") == 1
 
