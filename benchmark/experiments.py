@@ -120,7 +120,8 @@ def box2d(seeds: int = 5) -> list[Experiment]:
     lander, continuous, walker = "LunarLander-v3", "LunarLanderContinuous-v3", "BipedalWalker-v3"
     zoo_dqn = (
         "--learning-rate 6.3e-4 --batch-size 128 --buffer-size 50000 --train-frequency 4 --gradient-steps 4 "
-        "--exploration-fraction 0.12 --end-e 0.1 --huber-delta 1 --no-anneal-lr --hidden-sizes 256 256"
+        "--exploration-fraction 0.12 --end-e 0.1 --huber-delta 1 --hidden-sizes 256 256 "
+        "--tau 0.005 --target-network-frequency 1"
     )
     zoo_ppo = (
         "--num-envs 16 --num-steps 1024 --num-minibatches 256 --gae-lambda 0.98 --gamma 0.999 --ent-coef 0.01 "
@@ -159,7 +160,7 @@ def box2d(seeds: int = 5) -> list[Experiment]:
         ("sac", walker, 500_000, zoo_sac_walker, "after RL Zoo"),
     ]
     # The seeds 11 to 15 had a say in the settings of DQN.
-    return [Experiment("box2d", *row, seeds, first=16 if row[:2] == ("dqn", lander) else REPORT) for row in rows]
+    return [Experiment("box2d", *row, seeds, first=21 if row[:2] == ("dqn", lander) else REPORT) for row in rows]
 
 
 PPO_MUJOCO = "--num-envs 64 --num-steps 32 --update-epochs 10 --num-minibatches 32 --learning-rate 3e-4"
