@@ -85,7 +85,7 @@ class Args:
 
     hidden_sizes: tuple[int, int] = (64, 64)  # units of the two hidden layers of each network
     num_steps: int = 5  # steps of each environment in a rollout
-    gae_lambda: float = 1.0  # lambda of GAE; 1 makes it the n-step return
+    gae_lambda: float = 1.0  # lambda of GAE; with 1 it is the n-step return minus V
     ent_coef: float = 0.0  # weight of the entropy, c2
     vf_coef: float = 0.5  # weight of the value loss, c1
     max_grad_norm: float = 0.5  # largest norm of the gradient; a longer one is scaled down
@@ -119,7 +119,7 @@ class CategoricalPolicy(nn.Module):
     def forward(self, obs: Tensor, explore: bool) -> Tensor:
         """Actions (B,) for obs (B, obs_dim): drawn from pi, or the most likely ones."""
         logits = self.net(obs)
-        if explore:  # with Gumbel noise the argmax is a draw from the softmax, faster than torch.distributions
+        if explore:  # -log(exponential) is Gumbel noise, the argmax with it a draw from the softmax
             logits = logits - torch.empty_like(logits).exponential_().log_()
         return logits.argmax(-1)
 
@@ -366,7 +366,7 @@ def train(args: Args) -> Path:
             # Run the policy as it is for T steps in N environments.
             steps = []
             for _ in range(args.num_steps):
-                action = act_alike(agent, obs, rank, processes)
+                action = act_alike(agent, obs, rank, processes)  # agent.act, but under torchrun
                 next_obs, reward, terminated, truncated, infos = envs.step(agent.to_env(action))
                 done = terminated | truncated
                 steps.append((obs, action, reward, true_next_obs(next_obs, done, infos), terminated, done))
@@ -374,14 +374,14 @@ def train(args: Args) -> Path:
                 obs = next_obs
             step += batch_size
 
-            # Learn from these steps. They count in the scale of their own rewards: a small bias, which fades.
+            # Learn from these steps. Their rewards count in the scale already: a small bias, which fades.
             rollout = gather(stack(steps, device))
             if args.norm_reward:
                 rollout = rollout._replace(reward=agent.reward_scaler(rollout.reward, rollout.done))
             row = a2c_update(agent, optimizer, rollout, args, gradients)
             if args.norm_obs:  # not before the update: it must see the observations as the policy saw them
                 agent.obs_statistics.update(rollout.obs.flatten(0, 1))
-            if run.advance(step, row | {"charts/learning_rate": optimizer.param_groups[0]["lr"]}):
+            if run.advance(step, row | {"charts/learning_rate": optimizer.param_groups[0]["lr"]}):  # a checkpoint
                 obs = reset(envs, args.seed, step, rank)
                 if args.norm_reward:
                     agent.reward_scaler.running_return = 0.0

@@ -185,7 +185,7 @@ class ReplayBuffer:
     """The last transitions: a ring of preallocated tensors on the training device."""
 
     def __init__(self, envs: gym.vector.VectorEnv, size: int, device: torch.device):
-        """A ring of `size` transitions, or of one for each environment if they are more."""
+        """A ring of `size` transitions, or of `num_envs` if that is more."""
         self.size, self.added = max(size, envs.num_envs), 0
         obs_space, action_space = envs.single_observation_space, envs.single_action_space
         obs = (math.prod(obs_space.shape),), torch.uint8 if obs_space.dtype == np.uint8 else torch.float32
@@ -354,7 +354,7 @@ def train(args: Args) -> Path:
                     row |= dqn_update(agent, critic_optimizer, batch, args, gradients)
                 if now % args.target_network_frequency == 0:
                     polyak(agent.target_critic, agent.critic, args.tau)
-            if run.advance(step, row):
+            if run.advance(step, row):  # a checkpoint
                 obs, row = reset(envs, args.seed, step), {}
         return run.finish()
 

@@ -4,7 +4,7 @@
 # ///
 """Proximal Policy Optimization: many small steps on each rollout, held near the policy that collected it.
 
-Maximises, by Adam on minibatches of the last rollout (PPO paper, equations 7, 9, 11 and 12; the 1/2 is its code's):
+Maximises, by Adam on minibatches of the last rollout (PPO paper, equations 7, 9, 11 and 12; the 1/2 is in its code):
 
     L(theta) = E[ min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) - c1 (V(s) - R)^2 / 2 + c2 H(pi(.|s)) ]
     ratio    = pi(a|s) / pi_old(a|s)
@@ -14,7 +14,7 @@ Maximises, by Adam on minibatches of the last rollout (PPO paper, equations 7, 9
 
 E is the mean over the steps of a minibatch, pi the policy with the parameters theta, pi_old the one that collected the
 rollout, V the critic, H the entropy. pi_old, A and R are computed once a rollout and are constants in L; in each
-minibatch A is shifted and scaled to mean 0 and standard deviation 1 (--norm-adv).
+minibatch A is shifted and scaled to mean 0 and standard deviation 1 (--norm-adv, from the authors' code).
 
 Where A > 0 the objective stops growing at ratio 1 + eps, where A < 0 at 1 - eps: going further earns nothing. The min
 keeps the unclipped term where the ratio went the wrong way, so that such a step can be undone. The clip takes away an
@@ -31,7 +31,7 @@ Schulman et al. 2017, "Proximal Policy Optimization Algorithms", arXiv 1707.0634
     python ppo.py --resume runs/FOLDER --capture-video               # film a finished run
 
 The diff from a2c.py is the ratio and its clip: with them a rollout is good for several passes in minibatches, where A2C
-takes one step and throws the rollout away.
+takes one step and throws it away. Adam, a lambda below 1 and scaled advantages come along.
 """
 
 import atexit
@@ -90,7 +90,7 @@ class Args:
 
     hidden_sizes: tuple[int, int] = (64, 64)  # units of the two hidden layers of each network
     num_steps: int = 128  # steps of each environment in a rollout
-    gae_lambda: float = 0.95  # lambda of GAE; 1 makes it the n-step return
+    gae_lambda: float = 0.95  # lambda of GAE; with 1 it is the n-step return minus V
     ent_coef: float = 0.0  # weight of the entropy, c2
     vf_coef: float = 0.5  # weight of the value loss, c1
     max_grad_norm: float = 0.5  # largest norm of the gradient; a longer one is scaled down
@@ -130,7 +130,7 @@ class CategoricalPolicy(nn.Module):
     def forward(self, obs: Tensor, explore: bool) -> Tensor:
         """Actions (B,) for obs (B, obs_dim): drawn from pi, or the most likely ones."""
         logits = self.net(obs)
-        if explore:  # with Gumbel noise the argmax is a draw from the softmax, faster than torch.distributions
+        if explore:  # -log(exponential) is Gumbel noise, the argmax with it a draw from the softmax
             logits = logits - torch.empty_like(logits).exponential_().log_()
         return logits.argmax(-1)
 
@@ -399,7 +399,7 @@ def train(args: Args) -> Path:
             # Run the policy as it is for T steps in N environments.
             steps = []
             for _ in range(args.num_steps):
-                action = act_alike(agent, obs, rank, processes)
+                action = act_alike(agent, obs, rank, processes)  # agent.act, but under torchrun
                 next_obs, reward, terminated, truncated, infos = envs.step(agent.to_env(action))
                 done = terminated | truncated
                 steps.append((obs, action, reward, true_next_obs(next_obs, done, infos), terminated, done))
@@ -407,14 +407,14 @@ def train(args: Args) -> Path:
                 obs = next_obs
             step += batch_size
 
-            # Learn from these steps. They count in the scale of their own rewards: a small bias, which fades.
+            # Learn from these steps. Their rewards count in the scale already: a small bias, which fades.
             rollout = gather(stack(steps, device))
             if args.norm_reward:
                 rollout = rollout._replace(reward=agent.reward_scaler(rollout.reward, rollout.done))
             row = ppo_update(agent, optimizer, rollout, args, gradients)
             if args.norm_obs:  # not before the update: it must see the observations as the policy saw them
                 agent.obs_statistics.update(rollout.obs.flatten(0, 1))
-            if run.advance(step, row | {"charts/learning_rate": optimizer.param_groups[0]["lr"]}):
+            if run.advance(step, row | {"charts/learning_rate": optimizer.param_groups[0]["lr"]}):  # a checkpoint
                 obs = reset(envs, args.seed, step, rank)
                 if args.norm_reward:
                     agent.reward_scaler.running_return = 0.0

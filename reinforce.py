@@ -119,7 +119,7 @@ class CategoricalPolicy(nn.Module):
     def forward(self, obs: Tensor, explore: bool) -> Tensor:
         """Actions (B,) for obs (B, obs_dim): drawn from pi, or the most likely ones."""
         logits = self.net(obs)
-        if explore:  # with Gumbel noise the argmax is a draw from the softmax, faster than torch.distributions
+        if explore:  # -log(exponential) is Gumbel noise, the argmax with it a draw from the softmax
             logits = logits - torch.empty_like(logits).exponential_().log_()
         return logits.argmax(-1)
 
@@ -366,7 +366,7 @@ def train(args: Args) -> Path:
             # Without any end in sight the batch is cut, as by a time limit, when it is as long as the training.
             steps, waiting = [], np.ones(envs.num_envs, dtype=bool)
             while any(exchange(waiting.any())) and args.num_envs * len(steps) < args.total_timesteps:
-                action = act_alike(agent, obs, rank, processes)
+                action = act_alike(agent, obs, rank, processes)  # agent.act, but under torchrun
                 next_obs, reward, terminated, truncated, infos = envs.step(agent.to_env(action))
                 done = terminated | truncated
                 steps.append((obs, action, reward, true_next_obs(next_obs, done, infos), terminated, done))
@@ -376,7 +376,7 @@ def train(args: Args) -> Path:
             done[waiting] = True  # what the cut leaves unfinished
             step += args.num_envs * len(steps)
 
-            # Learn from these steps. They count in the scale of their own rewards: a small bias, which fades.
+            # Learn from these steps. Their rewards count in the scale already: a small bias, which fades.
             rollout = gather(stack(steps, device))
             if args.norm_reward:
                 rollout = rollout._replace(reward=agent.reward_scaler(rollout.reward, rollout.done))

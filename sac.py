@@ -10,7 +10,7 @@ In each update, on a minibatch of a replay buffer (Algorithm 1 of the paper):
     y        = r + gamma (1 - terminated) (min_i Qi'(s', a') - alpha log pi(a'|s'))
     L(Q)     = E[ (Q1(s, a) - y)^2 + (Q2(s, a) - y)^2 ]         the critics go down L
     J(pi)    = E[ min_i Qi(s, a) - alpha log pi(a|s) ]          the actor goes up J, a drawn from pi as a' above
-    L(alpha) = E[ -alpha (log pi(a|s) + H) ]                    log alpha goes down L until the entropy is H = -dim(a)
+    L(alpha) = E[ -alpha (log pi(a|s) - dim(a)) ]               log alpha goes down L until the entropy is -dim(a)
     Q'       = tau Q + (1 - tau) Q'                             the target networks follow slowly
 
 E is the mean over transitions (s, a, r, s') from the buffer: state, action, reward, next state. Q(s, a), the critic,
@@ -38,7 +38,7 @@ Haarnoja et al. 2018, "Soft actor-critic algorithms and applications", arXiv 181
     python sac.py --resume runs/FOLDER --capture-video             # film a finished run
 
 The diff from td3.py is the random policy with its entropy, and the temperature alpha that sets how random it is. Its
-own noise smooths the target, so TD3's noise, target actor and delay go, and the actor climbs the lower critic.
+own noise smooths the target, so TD3's goes; so do target actor and delay, and the actor climbs the lower critic.
 """
 
 import copy
@@ -122,7 +122,7 @@ class SquashedGaussianActor(nn.Module):
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log standard deviation (B, action_dim) of the Gaussians, the latter from -5 to 2."""
         mean, log_std = self.net(obs).chunk(2, dim=-1)
-        return mean, -5 + 3.5 * (log_std.tanh() + 1)
+        return mean, -5 + 3.5 * (log_std.tanh() + 1)  # from (-1, 1) to (-5, 2)
 
 
 class Critic(nn.Module):
@@ -196,7 +196,7 @@ class ReplayBuffer:
     """The last transitions: a ring of preallocated tensors on the training device."""
 
     def __init__(self, envs: gym.vector.VectorEnv, size: int, device: torch.device):
-        """A ring of `size` transitions, or of one for each environment if they are more."""
+        """A ring of `size` transitions, or of `num_envs` if that is more."""
         self.size, self.added = max(size, envs.num_envs), 0
         obs_space, action_space = envs.single_observation_space, envs.single_action_space
         obs = (math.prod(obs_space.shape),), torch.uint8 if obs_space.dtype == np.uint8 else torch.float32
@@ -399,7 +399,7 @@ def train(args: Args) -> Path:
             for _ in range(updates_by(before, args), updates_by(step, args)):
                 batch = buffer.sample(args.batch_size)
                 row |= sac_update(agent, critic_optimizer, actor_optimizer, batch, args, gradients)
-            if run.advance(step, row):
+            if run.advance(step, row):  # a checkpoint
                 obs, row = reset(envs, args.seed, step), {}
         return run.finish()
 

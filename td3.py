@@ -194,7 +194,7 @@ class ReplayBuffer:
     """The last transitions: a ring of preallocated tensors on the training device."""
 
     def __init__(self, envs: gym.vector.VectorEnv, size: int, device: torch.device):
-        """A ring of `size` transitions, or of one for each environment if they are more."""
+        """A ring of `size` transitions, or of `num_envs` if that is more."""
         self.size, self.added = max(size, envs.num_envs), 0
         obs_space, action_space = envs.single_observation_space, envs.single_action_space
         obs = (math.prod(obs_space.shape),), torch.uint8 if obs_space.dtype == np.uint8 else torch.float32
@@ -376,7 +376,7 @@ def train(args: Args) -> Path:
             for update in range(updates_by(before, args), updates_by(step, args)):
                 batch = buffer.sample(args.batch_size)
                 row |= td3_update(agent, critic_optimizer, actor_optimizer, batch, args, update, gradients)
-            if run.advance(step, row):
+            if run.advance(step, row):  # a checkpoint
                 obs, row = reset(envs, args.seed, step), {}
         return run.finish()
 

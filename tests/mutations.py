@@ -84,7 +84,9 @@ MUTATIONS = [
         "logits - torch.empty_like(logits).exponential_().log_()",
         "logits + torch.empty_like(logits).exponential_().log_()",
     ),
-    Mutation("explores where it must not", "*", "if explore:  # with Gumbel", "if not explore:  # with Gumbel"),
+    Mutation(
+        "explores where it must not", "*", "if explore:  # -log(exponential)", "if not explore:  # -log(exponential)"
+    ),
     Mutation("entropy without its minus", "*", "entropy = -(log_probs.exp()", "entropy = (log_probs.exp()"),
     Mutation("softmax over the wrong axis", "*", "self.net(obs).log_softmax(-1)", "self.net(obs).log_softmax(0)"),
     Mutation("Discrete actions always begin at 0", "*", "        return action + self.start", "        return action"),
