@@ -159,8 +159,8 @@ def box2d(seeds: int = 5) -> list[Experiment]:
         ("td3", walker, 1_000_000, zoo_ddpg, "ours, near RL Zoo"),
         ("sac", walker, 500_000, zoo_sac_walker, "after RL Zoo"),
     ]
-    # The seeds 11 to 15 had a say in the settings of DQN.
-    first = {("reinforce", lander): 13, ("dqn", lander): 21}  # those before had a say in the settings
+    # The seeds before these had a say in the settings.
+    first = {("reinforce", lander): 13, ("dqn", lander): 21}
     return [Experiment("box2d", *row, seeds, first=first.get(row[:2], REPORT)) for row in rows]
 
 
