@@ -121,7 +121,7 @@ def sort_key(row) -> tuple:
 
 
 def budget(runs: pd.DataFrame) -> int:
-    """Of the numbers of steps of some runs the largest with FEWEST seeds, or the largest."""
+    """Of the numbers of steps of some runs the largest that has FEWEST seeds, or as many as any has."""
     seeds = runs["steps"].value_counts()
     return max(seeds.index[seeds >= min(FEWEST, seeds.max())])
 
