@@ -803,3 +803,13 @@ def test_speeds_of_several_machines_do_not_mix(tmp_path):
         speed.append(tmp_path / "speed.csv", speed.FIELDS, row | {"machine": machine, "device": device})
     speeds = speed.read(tmp_path / "speed.csv")
     assert speeds == {("dqn", "rungs", 1, 0, 0): {1: 1.0}, ("ppo", "rungs", 1, 0, 0): {3: 3.0}}
+
+
+@pytest.mark.parametrize("flags", (["--cases", "ppo-CartPol"], ["--runners", "rungs", "sb4"]))
+def test_an_unknown_case_or_runner_of_the_speed_tool_is_refused(flags, tmp_path):
+    """Before anything is measured or written."""
+    command = [sys.executable, BENCHMARK / "speed.py", *flags]
+    ended = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2 and not any(tmp_path.iterdir())
+    assert ended.stderr.startswith("speed.py: error: ") and f"{flags[-1]}: choose from" in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
