@@ -26,7 +26,8 @@ has a thread, here all step together. GAE: Schulman et al. 2016, arXiv 1506.0243
     python a2c.py --resume runs/FOLDER --capture-video               # film a finished run
 
 The diff from reinforce.py is bootstrapping: the critic completes a return after a few steps, so there is no waiting for
-the end of an episode, and less noise; the price is a bias where V is wrong. ppo.py adds the ratio and its clip.
+the end of an episode, and less noise; the price is a bias where V is wrong. With the paper come RMSprop, the entropy
+and a mean over steps, not episodes. ppo.py adds the ratio and its clip.
 """
 
 import atexit
@@ -87,7 +88,7 @@ class Args:
     num_steps: int = 5  # steps of each environment in a rollout
     gae_lambda: float = 1.0  # lambda of GAE; with 1 it is the n-step return minus V
     ent_coef: float = 0.0  # weight of the entropy, c2
-    vf_coef: float = 0.5  # weight of the value loss, c1
+    vf_coef: float = 0.5  # weight of the value loss, c1; as the networks share nothing, it acts in the gradient's clip
     max_grad_norm: float = 0.5  # largest norm of the gradient; a longer one is scaled down
     anneal_lr: bool = True  # lower the learning rate linearly to zero
     norm_obs: bool = True  # normalise observations by their running mean and standard deviation
@@ -164,9 +165,10 @@ class GaussianPolicy(nn.Module):
         return log_prob, entropy.expand_as(log_prob)
 
     def to_env(self, action: np.ndarray) -> np.ndarray:
-        """The actions (N, *shape) in the units of the environments, cut off at their bounds."""
+        """The actions (N, *shape) in the units of the environments, cut off at their bounds; integers are rounded."""
         action = self.center + self.half_width * action.reshape(-1, *self.space.shape)
-        return action.clip(self.space.low, self.space.high).astype(self.space.dtype)
+        action = action.clip(self.space.low, self.space.high)
+        return (action.round() if np.issubdtype(self.space.dtype, np.integer) else action).astype(self.space.dtype)
 
 
 class RunningStatistics(nn.Module):
@@ -197,7 +199,7 @@ class RewardScaler(nn.Module):
         self.running_return = 0.0  # of the episodes under way, (N,); whoever resets the environments sets it to 0
 
     def forward(self, reward: Tensor, done: Tensor) -> Tensor:
-        """Rewards (T, N) in, rewards (T, N) out; the discounted return begins anew at both kinds of end."""
+        """Rewards (T, N) in and out; the return here sums up what came before, and begins anew at either end."""
         returns = []
         for reward_t, done_t in zip(reward, done):
             returns.append(reward_t + self.gamma * self.running_return)
@@ -684,7 +686,9 @@ class Run:
             write_file(self.folder / "args.json", json.dumps(flags, indent=2))
             self.metrics = open(self.folder / "metrics.jsonl" if first() else os.devnull, "ab", buffering=0)
             if first() and self.step < args.total_timesteps:  # what came after the checkpoint will be done again
-                self.metrics.seek(self.metrics.truncate(min(self.metrics.tell(), saved.get("metrics_bytes", 0))))
+                rows = re.finditer(rb'"global_step": (\d+).*\n', (self.folder / "metrics.jsonl").read_bytes())
+                kept = max((row.end() for row in rows if int(row[1]) <= self.step), default=0)
+                self.metrics.seek(self.metrics.truncate(kept))
         except OSError as error:
             fail(f"the run's folder cannot be written: {error}")
         start, end = min(self.step, args.total_timesteps), args.total_timesteps
@@ -786,11 +790,10 @@ class Run:
                 self.bar.set_postfix_str(f"return {row['charts/episodic_return']:.1f}")
             self.log(row)
             self.returns, self.lengths = [], []
-        if evaluation and not finished and not stopping:
+        if evaluation and not finished:
             self.evaluate()
         if checkpoint:
-            saved = {"step": step, "metrics_bytes": self.metrics.tell(), "states": states}
-            write_file(self.folder / "checkpoint.pt", saved)
+            write_file(self.folder / "checkpoint.pt", {"step": step, "states": states})
         if stopping and not finished:
             print(f"Stopped at step {step:,}; {self.rescue()}")
             raise SystemExit(128 + (self.signal or signal.SIGTERM))  # it may have come to another process

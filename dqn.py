@@ -30,7 +30,7 @@ would have followed s'.
 Mnih et al. 2015, "Human-level control through deep reinforcement learning", Nature 518. Double: van Hasselt, Guez and
 Silver 2016, arXiv 1509.06461. Dueling: Wang et al. 2016, arXiv 1511.06581.
 
-    python dqn.py                                                  # CartPole-v1
+    python dqn.py                                                  # CartPole-v1, which the defaults suit
     python dqn.py --env-id Acrobot-v1 --total-timesteps 100000
     python dqn.py --resume runs/FOLDER --capture-video             # film a finished run
 
@@ -100,11 +100,11 @@ class Args:
     anneal_lr: bool = True  # lower the learning rate linearly to zero
     tau: float = 1.0  # how far a target network moves towards its network at each update; 1 copies it
     target_network_frequency: int = 250  # steps between two updates of the target network
-    start_e: float = 1.0  # epsilon at the first step
+    start_e: float = 1.0  # epsilon at step 0; before learning_starts every action is random anyway
     end_e: float = 0.2  # epsilon in the end
     exploration_fraction: float = 0.16  # share of total_timesteps in which epsilon falls
     eval_epsilon: float = 0.0  # epsilon in evaluations
-    huber_delta: float = 100.0  # where l turns linear; 100 cuts none of the rare, large errors that tell an end
+    huber_delta: float = 100.0  # where l turns linear; at 100, CartPole's largest Q, a fall counts in full
     double: bool = True  # the network chooses the action of the target, the target network rates it
     dueling: bool = False  # separate value of the state and advantages of the actions
 
@@ -148,8 +148,7 @@ class Agent(nn.Module):
     def act(self, obs: np.ndarray, explore: bool) -> np.ndarray:
         """Actions (N,) for obs (N, obs_dim): those of the highest Q, with the probability epsilon random ones."""
         action = self.critic(as_floats(torch.from_numpy(obs)).to(self.device)).argmax(-1).cpu().numpy()
-        epsilon = self.epsilon if explore else self.eval_epsilon
-        strays = np.random.rand(len(obs)) < epsilon
+        strays = np.random.rand(len(obs)) < (self.epsilon if explore else self.eval_epsilon)
         if strays.any():
             action = np.where(strays, self.random_action(len(obs)), action)
         return action
@@ -588,7 +587,9 @@ class Run:
             write_file(self.folder / "args.json", json.dumps(flags, indent=2))
             self.metrics = open(self.folder / "metrics.jsonl" if first() else os.devnull, "ab", buffering=0)
             if first() and self.step < args.total_timesteps:  # what came after the checkpoint will be done again
-                self.metrics.seek(self.metrics.truncate(min(self.metrics.tell(), saved.get("metrics_bytes", 0))))
+                rows = re.finditer(rb'"global_step": (\d+).*\n', (self.folder / "metrics.jsonl").read_bytes())
+                kept = max((row.end() for row in rows if int(row[1]) <= self.step), default=0)
+                self.metrics.seek(self.metrics.truncate(kept))
         except OSError as error:
             fail(f"the run's folder cannot be written: {error}")
         start, end = min(self.step, args.total_timesteps), args.total_timesteps
@@ -690,11 +691,10 @@ class Run:
                 self.bar.set_postfix_str(f"return {row['charts/episodic_return']:.1f}")
             self.log(row)
             self.returns, self.lengths = [], []
-        if evaluation and not finished and not stopping:
+        if evaluation and not finished:
             self.evaluate()
         if checkpoint:
-            saved = {"step": step, "metrics_bytes": self.metrics.tell(), "states": states}
-            write_file(self.folder / "checkpoint.pt", saved)
+            write_file(self.folder / "checkpoint.pt", {"step": step, "states": states})
         if stopping and not finished:
             print(f"Stopped at step {step:,}; {self.rescue()}")
             raise SystemExit(128 + (self.signal or signal.SIGTERM))  # it may have come to another process

@@ -164,9 +164,10 @@ class GaussianPolicy(nn.Module):
         return log_prob, entropy.expand_as(log_prob)
 
     def to_env(self, action: np.ndarray) -> np.ndarray:
-        """The actions (N, *shape) in the units of the environments, cut off at their bounds."""
+        """The actions (N, *shape) in the units of the environments, cut off at their bounds; integers are rounded."""
         action = self.center + self.half_width * action.reshape(-1, *self.space.shape)
-        return action.clip(self.space.low, self.space.high).astype(self.space.dtype)
+        action = action.clip(self.space.low, self.space.high)
+        return (action.round() if np.issubdtype(self.space.dtype, np.integer) else action).astype(self.space.dtype)
 
 
 class RunningStatistics(nn.Module):
@@ -197,7 +198,7 @@ class RewardScaler(nn.Module):
         self.running_return = 0.0  # of the episodes under way, (N,); whoever resets the environments sets it to 0
 
     def forward(self, reward: Tensor, done: Tensor) -> Tensor:
-        """Rewards (T, N) in, rewards (T, N) out; the discounted return begins anew at both kinds of end."""
+        """Rewards (T, N) in and out; the return here sums up what came before, and begins anew at either end."""
         returns = []
         for reward_t, done_t in zip(reward, done):
             returns.append(reward_t + self.gamma * self.running_return)
@@ -303,9 +304,8 @@ def reinforce_loss(agent: Agent, args: Args, batch: list[Tensor]) -> tuple[Tenso
     """A loss with the gradient -grad J(theta), plus V's if it learns, and the metrics to log; tensors (B, ...)."""
     obs, action, target, advantage = batch
     log_prob, entropy = agent.log_prob(obs, action)
-    policy_loss = -(log_prob * advantage).sum() / args.num_envs
+    loss = policy_loss = -(log_prob * advantage).sum() / args.num_envs  # a mean over episodes
     log = {"losses/policy_loss": policy_loss, "losses/entropy": entropy.mean()}
-    loss = policy_loss
     if args.baseline == "value":
         value_loss = (agent.value(obs) - target).square().mean() / 2
         log["losses/value_loss"] = value_loss
@@ -362,8 +362,8 @@ def train(args: Args) -> Path:
             remaining = 1 - step / args.total_timesteps if args.anneal_lr else 1.0
             optimizer.param_groups[0]["lr"] = remaining * args.learning_rate
 
-            # Play one whole episode in each of N environments; one done early plays on, and no gradient sees that.
-            # Without any end in sight the batch is cut, as by a time limit, when it is as long as the training.
+            # Play one whole episode in each of N environments; one done early plays on, which no gradient sees (but
+            # step and the running statistics do). A batch as long as the whole training is cut, as by a time limit.
             steps, waiting = [], np.ones(envs.num_envs, dtype=bool)
             while any(exchange(waiting.any())) and args.num_envs * len(steps) < args.total_timesteps:
                 action = act_alike(agent, obs, rank, processes)  # agent.act, but under torchrun
@@ -686,7 +686,9 @@ class Run:
             write_file(self.folder / "args.json", json.dumps(flags, indent=2))
             self.metrics = open(self.folder / "metrics.jsonl" if first() else os.devnull, "ab", buffering=0)
             if first() and self.step < args.total_timesteps:  # what came after the checkpoint will be done again
-                self.metrics.seek(self.metrics.truncate(min(self.metrics.tell(), saved.get("metrics_bytes", 0))))
+                rows = re.finditer(rb'"global_step": (\d+).*\n', (self.folder / "metrics.jsonl").read_bytes())
+                kept = max((row.end() for row in rows if int(row[1]) <= self.step), default=0)
+                self.metrics.seek(self.metrics.truncate(kept))
         except OSError as error:
             fail(f"the run's folder cannot be written: {error}")
         start, end = min(self.step, args.total_timesteps), args.total_timesteps
@@ -788,11 +790,10 @@ class Run:
                 self.bar.set_postfix_str(f"return {row['charts/episodic_return']:.1f}")
             self.log(row)
             self.returns, self.lengths = [], []
-        if evaluation and not finished and not stopping:
+        if evaluation and not finished:
             self.evaluate()
         if checkpoint:
-            saved = {"step": step, "metrics_bytes": self.metrics.tell(), "states": states}
-            write_file(self.folder / "checkpoint.pt", saved)
+            write_file(self.folder / "checkpoint.pt", {"step": step, "states": states})
         if stopping and not finished:
             print(f"Stopped at step {step:,}; {self.rescue()}")
             raise SystemExit(128 + (self.signal or signal.SIGTERM))  # it may have come to another process

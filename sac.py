@@ -171,7 +171,8 @@ class Agent(nn.Module):
     def to_env(self, action: np.ndarray) -> np.ndarray:
         """The actions of `act` as the environments take them."""
         action = self.center + self.half_width * action.reshape(-1, *self.space.shape)
-        return action.clip(self.space.low, self.space.high).astype(self.space.dtype)
+        action = action.clip(self.space.low, self.space.high)
+        return (action.round() if np.issubdtype(self.space.dtype, np.integer) else action).astype(self.space.dtype)
 
 
 # ----- memory ---------------------------------------------------------------------------------------------------------
@@ -633,7 +634,9 @@ class Run:
             write_file(self.folder / "args.json", json.dumps(flags, indent=2))
             self.metrics = open(self.folder / "metrics.jsonl" if first() else os.devnull, "ab", buffering=0)
             if first() and self.step < args.total_timesteps:  # what came after the checkpoint will be done again
-                self.metrics.seek(self.metrics.truncate(min(self.metrics.tell(), saved.get("metrics_bytes", 0))))
+                rows = re.finditer(rb'"global_step": (\d+).*\n', (self.folder / "metrics.jsonl").read_bytes())
+                kept = max((row.end() for row in rows if int(row[1]) <= self.step), default=0)
+                self.metrics.seek(self.metrics.truncate(kept))
         except OSError as error:
             fail(f"the run's folder cannot be written: {error}")
         start, end = min(self.step, args.total_timesteps), args.total_timesteps
@@ -735,11 +738,10 @@ class Run:
                 self.bar.set_postfix_str(f"return {row['charts/episodic_return']:.1f}")
             self.log(row)
             self.returns, self.lengths = [], []
-        if evaluation and not finished and not stopping:
+        if evaluation and not finished:
             self.evaluate()
         if checkpoint:
-            saved = {"step": step, "metrics_bytes": self.metrics.tell(), "states": states}
-            write_file(self.folder / "checkpoint.pt", saved)
+            write_file(self.folder / "checkpoint.pt", {"step": step, "states": states})
         if stopping and not finished:
             print(f"Stopped at step {step:,}; {self.rescue()}")
             raise SystemExit(128 + (self.signal or signal.SIGTERM))  # it may have come to another process

@@ -109,8 +109,11 @@ MUTATIONS = [
     Mutation(
         "actions not cut off at the bounds",
         POLICY_GRADIENT,
-        "action.clip(self.space.low, self.space.high).astype",
-        "action.astype",
+        "        action = action.clip(self.space.low, self.space.high)\n",
+        "",
+    ),
+    Mutation(
+        "fractions of integer actions are dropped", "*", "action.round() if np.issubdtype", "action if np.issubdtype"
     ),
     Mutation("whole for half the width of the bounds", "*", "high / 2 - low / 2  #", "high - low  #"),
     Mutation(
@@ -484,8 +487,8 @@ MUTATIONS = [
     Mutation(
         "DQN: one coin for all environments",
         "dqn.py",
-        "np.random.rand(len(obs)) < epsilon",
-        "np.random.rand() < epsilon",
+        "np.random.rand(len(obs)) < (",
+        "np.random.rand() < (",
     ),
     Mutation("DQN: evaluated with epsilon", "dqn.py", "self.epsilon if explore else self.eval_epsilon", "self.epsilon"),
     Mutation("DQN: the last action is never drawn", "dqn.py", "randint(self.space.n,", "randint(self.space.n - 1,"),
@@ -820,8 +823,20 @@ MUTATIONS = [
     Mutation(
         "evaluated twice at the end",
         "*",
+        "if evaluation and not finished",
+        "if evaluation",
+    ),
+    Mutation(
+        "no evaluation at a signal",
+        "*",
+        "if evaluation and not finished",
         "if evaluation and not finished and not stopping",
-        "if evaluation and not stopping",
+    ),
+    Mutation(
+        "rows of the checkpoint's own step are dropped",
+        "*",
+        "if int(row[1]) <= self.step",
+        "if int(row[1]) < self.step",
     ),
     Mutation("files written in their place", "*", 'path.with_name(path.name + ".part")', "path"),
     Mutation(
@@ -840,7 +855,7 @@ MUTATIONS = [
         '                if name in ("agent", "buffer"):\n                    states[name].load_state_dict(state)\n',
     ),
     Mutation("the flags of the checkpoint win", "*", "group.update(given)  # the flags", "pass  # the flags"),
-    Mutation("rows after the checkpoint stay", "*", "self.metrics.truncate(min(", "(min("),
+    Mutation("rows after the checkpoint stay", "*", "self.metrics.truncate(kept)", "self.metrics.tell()"),
     Mutation(
         "a checkpoint without the optimizer",
         POLICY_GRADIENT,

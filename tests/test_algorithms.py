@@ -343,6 +343,13 @@ def test_actions_reach_the_bounds_of_each_dimension_and_no_further(module):
 
 
 @everywhere
+def test_integer_actions_are_the_nearest(module):
+    policy = module.GaussianPolicy(3, (64, 64), gym.spaces.Box(-1, 3, (1,), np.int64), init_log_std=0.0)
+    actions = policy.to_env(np.array([[-2], [-0.8], [-0.7], [0.2], [0.3], [0.7], [0.8], [2]], np.float32))
+    assert actions.ravel().tolist() == [-1, -1, 0, 1, 2, 2, 3, 3] and actions.dtype == np.int64
+
+
+@everywhere
 def test_discrete_actions_begin_where_the_space_does(module):
     policy = module.CategoricalPolicy(3, (64, 64), gym.spaces.Discrete(2, start=5))
     assert policy.to_env(np.array([0, 1, 1])).tolist() == [5, 6, 6]

@@ -3,6 +3,7 @@
 import json
 import random
 import signal
+from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
@@ -467,6 +468,21 @@ def test_the_first_signal_is_noted_and_a_second_goes_to_whoever_had_it_before(mo
         assert heard == ["second", "second"]
     finally:
         signal.signal(number, before)
+
+
+@everywhere
+def test_a_signal_takes_no_evaluation_away(module, quiet, monkeypatch):
+    """It is in the file before the checkpoint is, so that the run that goes on has it and does not make it again."""
+    evaluation = {"eval/episodic_return": 1.0, "eval/episodic_return_std": 0.0, "eval/episodes": 1}
+    monkeypatch.setattr(module, "evaluate", lambda *_: dict(evaluation))
+    args = module.Args(**quiet | {"eval_every": 100, "eval_episodes": 1, "total_timesteps": 1000})
+    with pytest.raises(SystemExit), module.Run(args, {"step": 0, "states": {}}, agent=torch.nn.Linear(1, 1)) as run:
+        signal.raise_signal(signal.SIGTERM)
+        run.advance(100, {})
+    assert rows(run.folder)[-1] == {"global_step": 100} | evaluation
+    saved = torch.load(run.folder / "checkpoint.pt", weights_only=True)
+    with module.Run(replace(args, resume=str(run.folder)), saved, agent=torch.nn.Linear(1, 1)):
+        assert rows(run.folder)[-1] == {"global_step": 100} | evaluation
 
 
 @everywhere

@@ -317,6 +317,15 @@ def test_a_resumed_run_goes_on_with_other_flags(script, here):
     assert rows(folder)[-1]["global_step"] >= 2400
 
 
+@each_script
+def test_a_finished_run_that_goes_on_keeps_the_evaluation_at_its_old_end(script, here):
+    folder = train(script, *flags(script, "--checkpoint-every", "500"))
+    before = rows(folder, speed=True)
+    train(script, "--resume", folder, "--total-timesteps", "2400")
+    assert rows(folder, speed=True)[: len(before)] == before
+    assert len(evaluations(folder)) == 2 and evaluations(folder)[0] == before[-1]
+
+
 @pytest.mark.parametrize("script", ("ppo", "dqn"))
 def test_a_resumed_run_keeps_the_hidden_sizes(script, here):
     folder = train(script, *flags(script, "--hidden-sizes", "5", "7", "--checkpoint-every", "500"))

@@ -341,6 +341,13 @@ def test_actions_reach_the_environment_in_its_units(module):
     assert all(column.contains(a) for a in agent.to_env(uniform[:100]))
 
 
+@continuous
+def test_integer_actions_are_the_nearest(module):
+    agent = module.Agent(spaces(gym.spaces.Box(-1, 3, (1,), np.int64)), module.Args(), CPU)
+    actions = agent.to_env(np.array([[-1], [-0.8], [-0.7], [0.2], [0.3], [0.7], [0.8], [1]], np.float32))
+    assert actions.ravel().tolist() == [-1, -1, 0, 1, 2, 2, 3, 3] and actions.dtype == np.int64
+
+
 # ----- sac.py: the density, the policy, the temperature
 
 
