@@ -510,6 +510,7 @@ def check_flags(args: Args) -> torch.device:
         require(0 < getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be above 0")
     for name in ("seed", "eval_episodes", "eval_every", "checkpoint_every"):
         require(getattr(args, name) >= 0, f"--{name.replace('_', '-')} must not be below 0")
+    require(args.seed < 2**64, "--seed must be below 2 ** 64")
     require(0 <= args.gamma <= 1, "--gamma must lie between 0 and 1")
     require(min(args.hidden_sizes) > 0, "--hidden-sizes must be above 0")
     if args.capture_video:
@@ -710,6 +711,7 @@ class Run:
                     group.update(given)  # the flags of this run, not those of the checkpoint
         except Exception as error:
             fail(f"--resume {self.folder}: the checkpoint does not fit: {error}")
+        saved["states"].clear()  # or a second replay buffer would stay in memory
         self.wandb = self.start_wandb() if args.track and first() else None
         flags = {"script": script} | asdict(args) | {"resume": ""}
         try:
@@ -717,7 +719,7 @@ class Run:
                 self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
             write_file(self.folder / "args.json", json.dumps(flags, indent=2))
             self.metrics = open(self.folder / "metrics.jsonl" if first() else os.devnull, "ab", buffering=0)
-            if first() and self.step < args.total_timesteps:  # what came after the checkpoint will be done again
+            if first():  # what came after the checkpoint will be done again
                 rows = re.finditer(rb'"global_step": (\d+).*\n', (self.folder / "metrics.jsonl").read_bytes())
                 kept = max((row.end() for row in rows if int(row[1]) <= self.step), default=0)
                 self.metrics.seek(self.metrics.truncate(kept))
@@ -744,6 +746,14 @@ class Run:
         run.define_metric("*", step_metric="global_step")
         return run
 
+    def to_wandb(self, function, *inputs, **options) -> None:
+        """Calls a function of W&B; where it fails, as when its service was killed, the run goes on without W&B."""
+        try:
+            function(*inputs, **options)
+        except Exception as error:
+            self.wandb = None
+            tqdm.write(f"--track: {type(error).__name__}: {error}; the run goes on without W&B", file=sys.stderr)
+
     def __enter__(self):
         self.signal, self.handlers = None, {}
         if threading.current_thread() is threading.main_thread():
@@ -766,7 +776,7 @@ class Run:
         self.bar.close()
         self.metrics.close()
         if self.wandb:
-            self.wandb.finish(exit_code=0 if error is None else 1)
+            self.to_wandb(self.wandb.finish, exit_code=0 if error is None else 1)
         if isinstance(error, Exception):
             error.add_note(f"It ended the run at step {self.step:,}; {self.rescue()}")
 
@@ -792,7 +802,7 @@ class Run:
         except OSError as error:
             fail(f"{self.metrics.name} cannot be written at step {self.step:,}: {error}; {self.rescue()}", code=1)
         if self.wandb:
-            self.wandb.log(row)
+            self.to_wandb(self.wandb.log, row)
 
     def advance(self, step: int, row: dict[str, float | Tensor]) -> bool:
         """Moves the run on to `step`: writes the row, the evaluation and the checkpoint that are due.
@@ -854,7 +864,7 @@ class Run:
             import wandb
 
             film = wandb.Video(str(video.parent / f"{video.name}-episode-0.mp4"), format="mp4")
-            self.wandb.log({"global_step": self.step, "eval/video": film})
+            self.to_wandb(self.wandb.log, {"global_step": self.step, "eval/video": film})
         mean, std, episodes = (row[f"eval/{name}"] for name in ("episodic_return", "episodic_return_std", "episodes"))
         tqdm.write(f"Evaluation at step {self.step:,}: return {mean:.1f} ± {std:.1f} over {episodes} episodes")
 

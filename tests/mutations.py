@@ -806,7 +806,7 @@ MUTATIONS = [
     Mutation(
         "the buffer is as long as the training, not as its turns",
         REPLAY,
-        "math.ceil(args.total_timesteps / args.num_envs) * args.num_envs",
+        'saved["step"] + iterations * args.num_envs',
         "args.total_timesteps",
     ),
     Mutation("evaluation without a seed", "*", "obs, _ = envs.reset(seed=seed)", "obs, _ = envs.reset()"),

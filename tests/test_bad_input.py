@@ -50,6 +50,7 @@ BAD_FLAGS = [
     ("--gamma 1.01", "--gamma", "between 0 and 1"),
     ("--gamma -0.1", "--gamma"),
     ("--gamma nan", "--gamma"),
+    ("--seed 18446744073709551616", "--seed", "below 2 ** 64"),
     ("--hidden-sizes 0 8", "--hidden-sizes", "above 0"),
     ("--hidden-sizes 8 -1", "--hidden-sizes", "above 0"),
     ("--learning-rate nan", "--learning-rate"),

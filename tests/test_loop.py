@@ -4,6 +4,7 @@ import json
 import random
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -483,6 +484,28 @@ def test_a_signal_takes_no_evaluation_away(module, quiet, monkeypatch):
     saved = torch.load(run.folder / "checkpoint.pt", weights_only=True)
     with module.Run(replace(args, resume=str(run.folder)), saved, agent=torch.nn.Linear(1, 1)):
         assert rows(run.folder)[-1] == {"global_step": 100} | evaluation
+
+
+@everywhere
+def test_without_the_service_of_weights_and_biases_a_run_goes_on(module, quiet, capsys):
+    def broken(*_, **__):
+        raise ConnectionResetError("its service is gone")
+
+    for when in ("log", "finish"):
+        with module.Run(module.Args(**quiet), {"step": 0, "states": {}}) as run:
+            run.wandb = SimpleNamespace(**{"log": print, "finish": print} | {when: broken})
+            run.log({"global_step": 1})
+            assert (run.wandb is None) == (when == "log")
+        assert run.wandb is None and rows(run.folder) == [{"global_step": 1}]
+        assert capsys.readouterr().err.count("its service is gone; the run goes on without W&B") == 1
+
+
+@everywhere
+def test_a_run_keeps_no_second_copy_of_what_it_was_resumed_with(module, quiet):
+    states = {"agent": torch.nn.Linear(1, 1).state_dict()}
+    saved = {"step": 10, "states": states}
+    with module.Run(module.Args(**quiet), saved, agent=torch.nn.Linear(1, 1)):
+        assert not saved["states"]
 
 
 @everywhere

@@ -326,6 +326,28 @@ def test_a_finished_run_that_goes_on_keeps_the_evaluation_at_its_old_end(script,
     assert len(evaluations(folder)) == 2 and evaluations(folder)[0] == before[-1]
 
 
+@each_script
+def test_a_torn_row_of_a_finished_run_gives_way(script, here):
+    folder = train(script, *flags(script, "--checkpoint-every", "500"))
+    *others, evaluation = rows(folder, speed=True)
+    with (folder / "metrics.jsonl").open("rb+") as file:
+        file.truncate(file.seek(-20, os.SEEK_END))
+    train(script, "--resume", folder)
+    assert rows(folder, speed=True) == [*others, evaluation]
+
+
+@pytest.mark.parametrize("script", REPLAY)
+def test_a_replay_buffer_fits_whatever_the_length_and_environments_of_the_resumed_run(script, here):
+    """1000 steps and one more are 1007 with 7 environments, though 1001 would do for a run from the start."""
+    short = flags(script, "--num-envs", "1", "--total-timesteps", "1000", "--checkpoint-every", "500")
+    folder = train(script, *short)
+    for more in (("--total-timesteps", "700"), ("--num-envs", "7", "--total-timesteps", "1001")):
+        train(script, "--resume", folder, *more)
+    train(script, "--resume", folder, "--total-timesteps", "1200")
+    buffer = torch.load(folder / "checkpoint.pt", weights_only=True)["states"]["buffer"]
+    assert buffer["added"] == len(buffer["reward"]) == 1007 + 28 * 7
+
+
 @pytest.mark.parametrize("script", ("ppo", "dqn"))
 def test_a_resumed_run_keeps_the_hidden_sizes(script, here):
     folder = train(script, *flags(script, "--hidden-sizes", "5", "7", "--checkpoint-every", "500"))
