@@ -601,9 +601,11 @@ class Run:
             write_file(self.folder / "args.json", json.dumps(flags, indent=2))
             self.metrics = open(self.folder / "metrics.jsonl" if first() else os.devnull, "ab", buffering=0)
             if first():  # what came after the checkpoint will be done again
-                rows = re.finditer(rb'"global_step": (\d+).*\n', (self.folder / "metrics.jsonl").read_bytes())
+                with open(self.metrics.name, "rb") as file:
+                    rows = re.finditer(rb'"global_step": (\d+).*\n', file.read(self.metrics.tell()))
                 kept = max((row.end() for row in rows if int(row[1]) <= self.step), default=0)
-                self.metrics.seek(self.metrics.truncate(kept))
+                if kept < self.metrics.tell():
+                    self.metrics.seek(self.metrics.truncate(kept))
         except OSError as error:
             fail(f"the run's folder cannot be written: {error}")
         start, end = min(self.step, args.total_timesteps), args.total_timesteps
