@@ -752,7 +752,7 @@ class Run:
 
     def rescue(self) -> str:
         """What there is to go on from, in words."""
-        there = (self.folder / "checkpoint.pt").exists()
+        there = any(self.folder.glob("*.pt"))  # checkpoint.pt, or agent.pt where only an evaluation is left
         return f"--resume {self.folder} goes on from its last checkpoint" if there else "there is no checkpoint"
 
     def count_episodes(self, infos: dict, counted: np.ndarray | bool = True) -> None:

@@ -108,12 +108,12 @@ class DeterministicActor(nn.Module):
     def __init__(self, obs_dim: int, hidden_sizes: tuple[int, int], action_dim: int):
         super().__init__()
         h1, h2 = hidden_sizes
-        hidden = nn.Linear(obs_dim, h1), nn.ReLU(), nn.Linear(h1, h2), nn.ReLU()
-        self.net = nn.Sequential(*hidden, nn.Linear(h2, action_dim), nn.Tanh())
+        self.fc1, self.fc2, self.out = nn.Linear(obs_dim, h1), nn.Linear(h1, h2), nn.Linear(h2, action_dim)
 
     def forward(self, obs: Tensor) -> Tensor:
         """Actions (B, action_dim) between -1 and 1 for obs (B, obs_dim)."""
-        return self.net(obs)
+        hidden = self.fc2(self.fc1(obs).relu()).relu()
+        return self.out(hidden).tanh()
 
 
 class Critic(nn.Module):
@@ -122,12 +122,12 @@ class Critic(nn.Module):
     def __init__(self, obs_dim: int, hidden_sizes: tuple[int, int], action_dim: int):
         super().__init__()
         h1, h2 = hidden_sizes
-        hidden = nn.Linear(obs_dim + action_dim, h1), nn.ReLU(), nn.Linear(h1, h2), nn.ReLU()
-        self.net = nn.Sequential(*hidden, nn.Linear(h2, 1))
+        self.fc1, self.fc2, self.out = nn.Linear(obs_dim + action_dim, h1), nn.Linear(h1, h2), nn.Linear(h2, 1)
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         """Q (B,) for obs (B, obs_dim) and action (B, action_dim)."""
-        return self.net(torch.cat([obs, action], dim=-1)).squeeze(-1)
+        hidden = self.fc2(self.fc1(torch.cat([obs, action], dim=-1)).relu()).relu()
+        return self.out(hidden).squeeze(-1)
 
 
 class Agent(nn.Module):
@@ -665,7 +665,7 @@ class Run:
 
     def rescue(self) -> str:
         """What there is to go on from, in words."""
-        there = (self.folder / "checkpoint.pt").exists()
+        there = any(self.folder.glob("*.pt"))  # checkpoint.pt, or agent.pt where only an evaluation is left
         return f"--resume {self.folder} goes on from its last checkpoint" if there else "there is no checkpoint"
 
     def count_episodes(self, infos: dict, counted: np.ndarray | bool = True) -> None:

@@ -118,14 +118,13 @@ class QNetwork(nn.Module):
     def __init__(self, obs_dim: int, hidden_sizes: tuple[int, int], actions: int, dueling: bool):
         super().__init__()
         h1, h2 = hidden_sizes
-        hidden = nn.Linear(obs_dim, h1), nn.ReLU(), nn.Linear(h1, h2), nn.ReLU()
-        self.hidden = nn.Sequential(*hidden)
+        self.fc1, self.fc2 = nn.Linear(obs_dim, h1), nn.Linear(h1, h2)
         self.advantage = nn.Linear(h2, actions)  # Q itself, if there is no V
         self.value = nn.Linear(h2, 1) if dueling else None
 
     def forward(self, obs: Tensor) -> Tensor:
         """Q (B, actions) for obs (B, obs_dim)."""
-        hidden = self.hidden(obs)
+        hidden = self.fc2(self.fc1(obs).relu()).relu()
         q = self.advantage(hidden)
         return q if self.value is None else self.value(hidden) + q - q.mean(-1, keepdim=True)
 
@@ -653,7 +652,7 @@ class Run:
 
     def rescue(self) -> str:
         """What there is to go on from, in words."""
-        there = (self.folder / "checkpoint.pt").exists()
+        there = any(self.folder.glob("*.pt"))  # checkpoint.pt, or agent.pt where only an evaluation is left
         return f"--resume {self.folder} goes on from its last checkpoint" if there else "there is no checkpoint"
 
     def count_episodes(self, infos: dict, counted: np.ndarray | bool = True) -> None:

@@ -68,8 +68,14 @@ MUTATIONS = [
     Mutation(
         "the first hidden layer of Q is as wide as the second",
         CONTINUOUS,
-        "action_dim, h1), nn.ReLU(), nn.Linear(h1, h2)",
-        "action_dim, h2), nn.ReLU(), nn.Linear(h2, h2)",
+        "action_dim, h1), nn.Linear(h1, h2)",
+        "action_dim, h2), nn.Linear(h2, h2)",
+    ),
+    Mutation(
+        "a hidden layer without ReLU",
+        "dqn.py ddpg.py td3.py sac.py",
+        "self.fc2(self.fc1(obs).relu()).relu()",
+        "self.fc2(self.fc1(obs)).relu()",
     ),
     Mutation(
         "ReLU for tanh",
@@ -565,9 +571,7 @@ MUTATIONS = [
         "loss.backward(inputs=list(agent.actor.parameters()))",
         "loss.backward()",
     ),
-    Mutation(
-        "actor without tanh", "ddpg.py td3.py", "nn.Linear(h2, action_dim), nn.Tanh())", "nn.Linear(h2, action_dim))"
-    ),
+    Mutation("actor without tanh", "ddpg.py td3.py", "self.out(hidden).tanh()", "self.out(hidden)"),
     Mutation(
         "noisy actions beyond the bounds",
         "ddpg.py td3.py",
@@ -876,6 +880,12 @@ MUTATIONS = [
     Mutation("a checkpoint without its row", "*", "        if log or checkpoint:\n", "        if log:\n"),
     Mutation(
         "the last checkpoint is not of the end", "*", " or (finished and (self.folder", " or (False and (self.folder"
+    ),
+    Mutation(
+        "an agent alone is nothing to go on from",
+        "*",
+        'any(self.folder.glob("*.pt"))',
+        '(self.folder / "checkpoint.pt").exists()',
     ),
     Mutation("no checkpoint at a signal", "*", "checkpoint |= stopping or (", "checkpoint |= ("),
     Mutation(

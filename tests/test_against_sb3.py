@@ -67,21 +67,19 @@ POLICY = {
     "critic.4": ["value_net"],
     "critic": ["mlp_extractor.value_net"],
 }
-Q_NETWORK = {
-    "critic.hidden": ["q_net.q_net"],
-    "critic.advantage": ["q_net.q_net.4"],
-    "target_critic.hidden": ["q_net_target.q_net"],
-    "target_critic.advantage": ["q_net_target.q_net.4"],
-}
-ONE_CRITIC = {"critic.net": ["critic.qf0"], "target_critic.net": ["critic_target.qf0"]}
-TWIN_CRITICS = {
-    "critics.0.net": ["critic.qf0"],
-    "critics.1.net": ["critic.qf1"],
-    "target_critics.0.net": ["critic_target.qf0"],
-    "target_critics.1.net": ["critic_target.qf1"],
-}
-DETERMINISTIC = {"actor.net": ["actor.mu"], "target_actor.net": ["actor_target.mu"]}
-GAUSSIAN = {"actor.net.4": ["actor.mu", "actor.log_std"], "actor.net": ["actor.latent_pi"]}
+
+
+def three_layers(ours, theirs, last="out"):
+    return {f"{ours}.{layer}": [f"{theirs}.{index}"] for layer, index in (("fc1", 0), ("fc2", 2), (last, 4))}
+
+
+Q_NETWORK = three_layers("critic", "q_net.q_net", "advantage")
+Q_NETWORK |= three_layers("target_critic", "q_net_target.q_net", "advantage")
+ONE_CRITIC = three_layers("critic", "critic.qf0") | three_layers("target_critic", "critic_target.qf0")
+TWIN_CRITICS = three_layers("critics.0", "critic.qf0") | three_layers("target_critics.0", "critic_target.qf0")
+TWIN_CRITICS |= three_layers("critics.1", "critic.qf1") | three_layers("target_critics.1", "critic_target.qf1")
+DETERMINISTIC = three_layers("actor", "actor.mu") | three_layers("target_actor", "actor_target.mu")
+GAUSSIAN = three_layers("actor", "actor.latent_pi") | {"actor.out": ["actor.mu", "actor.log_std"]}
 LAYERS = {
     a2c: POLICY,
     ppo: POLICY,
@@ -118,7 +116,7 @@ def made_by_train(module, monkeypatch, flags):
             if name != "log_alpha":
                 parameter += 0.05 * torch.randn_like(parameter)
         for critic in (*getattr(agent, "critics", ()), *getattr(agent, "target_critics", ())):
-            critic.net[-1].bias -= critic(torch.randn(1000, 6), 2 * torch.rand(1000, 2) - 1).median()
+            critic.out.bias -= critic(torch.randn(1000, 6), 2 * torch.rand(1000, 2) - 1).median()
     return agent, [state for name, state in states.items() if name.endswith("optimizer")], args
 
 

@@ -375,6 +375,21 @@ def test_an_environment_that_raises_ends_the_run_with_its_message_and_the_way_on
 
 
 @each_script
+def test_a_last_evaluation_that_raises_can_be_made_again(script, here, monkeypatch):
+    def evaluate(*inputs):
+        raise RuntimeError("the evaluation broke")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.import_module(script), "evaluate", evaluate)
+        with pytest.raises(RuntimeError, match="the evaluation broke") as error:
+            train(script, *flags(script))
+    folder = only_run(here)
+    assert f"--resume runs/{folder.name} goes on from" in error.value.__notes__[0]
+    train(script, "--resume", folder)
+    assert "eval/episodic_return" in rows(folder)[-1]
+
+
+@each_script
 def test_a_full_disk_costs_the_checkpoint_in_hand_and_no_more(script, refused, here, monkeypatch):
     first, fsync = [], os.fsync
 

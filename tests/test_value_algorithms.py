@@ -50,7 +50,7 @@ def make_agent(module, seed=0, obs_dim=3, **flags):
             parameter.data += 0.1 * torch.randn_like(parameter)
     for twins in (getattr(agent, "critics", ()), getattr(agent, "target_critics", ())):
         for critic in twins:  # that none of the two is the lower one everywhere
-            critic.net[-1].bias.data -= critic(torch.randn(1000, obs_dim), 2 * torch.rand(1000, 2) - 1).median()
+            critic.out.bias.data -= critic(torch.randn(1000, obs_dim), 2 * torch.rand(1000, 2) - 1).median()
     return agent.double(), args
 
 
@@ -141,7 +141,8 @@ def test_no_gradient_goes_through_the_target(double):
 def test_dueling_is_the_value_plus_the_advantages_less_their_mean():
     agent, _ = make_agent(dqn, dueling=True)
     obs = torch.randn(5, 3, dtype=torch.float64)
-    q, hidden = agent.critic(obs), agent.critic.hidden(obs)
+    q = agent.critic(obs)
+    hidden = agent.critic.fc2(agent.critic.fc1(obs).relu()).relu()
     torch.testing.assert_close(q.mean(-1), agent.critic.value(hidden).squeeze(-1))
     advantage = agent.critic.advantage(hidden)
     torch.testing.assert_close(q - q[:, :1], advantage - advantage[:, :1])
@@ -402,10 +403,10 @@ def test_actions_are_drawn_as_their_log_probability_says_and_the_deterministic_o
 def test_the_log_standard_deviation_stays_within_its_bounds():
     actor = sac.SquashedGaussianActor(3, (256, 256), 2)
     for bias, bound in ((-1e3, -5), (1e3, 2)):
-        actor.net[-1].bias.data[2:] = bias
+        actor.out.bias.data[2:] = bias
         assert actor(torch.randn(4, 3))[1].tolist() == [[bound] * 2] * 4
-    actor.net[-1].weight.data[:] = 0
-    actor.net[-1].bias.data[2:] = 0
+    actor.out.weight.data[:] = 0
+    actor.out.bias.data[2:] = 0
     assert actor(torch.randn(1, 3))[1].tolist() == [[-1.5, -1.5]]
 
 
@@ -423,7 +424,7 @@ def test_the_loss_of_the_actor_by_hand_and_its_gradient_by_finite_differences():
     log = sac.actor_gradients(agent, args, batch)
     assert log["losses/actor_loss"].item() == pytest.approx(loss(), rel=1e-6)
     assert log["losses/entropy"].item() == pytest.approx(-squashed(agent, batch.obs, 3)[1].mean().item(), rel=1e-6)
-    bias = agent.actor.net[-1].bias
+    bias = agent.actor.out.bias
     with torch.no_grad():
         for i in range(4):
             bias[i] += 1e-6
@@ -438,8 +439,8 @@ def test_the_loss_of_the_actor_by_hand_and_its_gradient_by_finite_differences():
 def test_the_temperature_moves_towards_the_target_entropy(log_std):
     """dL / d log alpha = alpha (entropy + number of dimensions): a policy that is too sure makes it grow."""
     agent, args = make_agent(sac, alpha=0.5)
-    agent.actor.net[-1].weight.data[:] = 0
-    agent.actor.net[-1].bias.data[:] = torch.tensor([0, 0, *[math.atanh((log_std + 5) / 3.5 - 1)] * 2])
+    agent.actor.out.weight.data[:] = 0
+    agent.actor.out.bias.data[:] = torch.tensor([0, 0, *[math.atanh((log_std + 5) / 3.5 - 1)] * 2])
     batch = make_batch(sac, size=10_000)
     log = sac.actor_gradients(agent, args, batch)
     gradient = agent.log_alpha.grad.item()
@@ -458,7 +459,8 @@ def test_the_temperature_comes_to_its_closed_form_optimum():
     agent, args = make_agent(sac, alpha=1.0, learning_rate=1e-2, q_lr=1e-2)
     for i in range(2):
         agent.critics[i] = Quadratic(torch.zeros(2, 3), curvature * torch.eye(2)).double()
-    agent.actor.net = torch.nn.Linear(3, 4).double()
+    agent.actor.fc1, agent.actor.fc2 = torch.nn.Identity(), torch.nn.Identity()
+    agent.actor.out = torch.nn.Linear(3, 4).double()
     groups = {"params": agent.actor.parameters()}, {"params": [agent.log_alpha]}
     optimizer = torch.optim.Adam(groups, lr=1e-2)
     batch = make_batch(sac, size=512)
