@@ -9,29 +9,30 @@ In each update, on a minibatch of a replay buffer (Algorithm 1 of the paper):
     y        = r + gamma (1 - terminated) Q'(s', mu'(s'))       the target of the critic
     L(Q)     = E[ (Q(s, a) - y)^2 ]                             the critic goes down L
     J(mu)    = E[ Q(s, mu(s)) ]                                 the actor goes up J
-    Q'       = tau Q + (1 - tau) Q', and mu' likewise           the target networks follow slowly
+    Q'       = tau Q + (1 - tau) Q', and mu' likewise           the target networks follow slowly, y with them
 
 E is the mean over transitions (s, a, r, s') from the buffer: state, action, reward, next state. Q(s, a), the critic,
 estimates the discounted return that follows action a in state s. A prime marks what comes next (s', a'), and on a
 network (Q') its target network. No gradient goes through y, and each loss moves its own networks only.
 
-Q-learning needs the maximum of Q over the actions. Over continuous ones that is a search in itself, whose result
-the actor mu learns: grad J = E[ grad_a Q(s, a) grad mu(s) ] at a = mu(s) (Silver et al. 2014).
+Q-learning needs the maximum of Q over the actions. Over continuous ones that is a search in itself, whose result the
+actor mu learns: grad J = E[ grad_a Q(s, a) grad mu(s) ] at a = mu(s), nearly that of the return (Silver et al. 2014).
 
-Learning is off-policy: the action in s' is the networks', so the buffer may hold transitions of older policies.
-To explore, Gaussian noise is added to mu(s) (in the DDPG paper correlated in time; the TD3 paper found that no better).
+Learning is off-policy: the networks choose the action in s', so transitions of older policies serve as well.
+To explore, Gaussian noise is added to mu(s) (DDPG's was correlated in time; Fujimoto et al. 2018 found that no better).
 
 After termination there is no further reward. A time limit (truncation) only cuts the episode short: y still has what
 would have followed s'.
 Actions are in units where the bounds of each dimension are -1 and 1.
 
-Lillicrap et al. 2016, "Continuous control with deep reinforcement learning", arXiv 1509.02971.
+Lillicrap et al. 2016, "Continuous control with deep reinforcement learning", arXiv 1509.02971. Silver et al. 2014,
+"Deterministic policy gradient algorithms", ICML 31.
 
     python ddpg.py                                                 # Pendulum-v1
     python ddpg.py --env-id HalfCheetah-v5 --total-timesteps 100000 --learning-starts 5000
     python ddpg.py --resume runs/FOLDER --capture-video            # film a finished run
 
-The diff from dqn.py: an actor in the place of the maximum, noise for epsilon, targets in each update, other defaults.
+The diff from dqn.py: an actor for the maximum, noise for epsilon, squared errors, targets that follow in each update.
 """
 
 import copy
@@ -68,7 +69,7 @@ from tqdm import tqdm
 class Args:
     env_id: str = "Pendulum-v1"  # Gymnasium's id of the environment; `module:Id` imports the module first
     seed: int = 1  # seed of every random generator
-    total_timesteps: int = 20_000  # length of the training; a step is one transition of one environment
+    total_timesteps: int = 20_000  # steps, rounded up to whole iterations; each is one transition of one environment
     num_envs: int = 1  # environments that step together
     learning_rate: float = 1e-3  # step size of the actor
     gamma: float = 0.99  # discount factor
@@ -90,7 +91,7 @@ class Args:
 
     hidden_sizes: tuple[int, int] = (256, 256)  # units of the two hidden layers of each network
     buffer_size: int = 1_000_000  # transitions in the replay buffer; the oldest give way
-    learning_starts: int = 1_000  # steps before the first update; actions are uniformly random until then
+    learning_starts: int = 1_000  # the first steps, without updates and with uniformly random actions
     train_frequency: int = 1  # steps between two turns of learning
     gradient_steps: int = 1  # updates in a turn of learning
     batch_size: int = 256  # transitions in an update
@@ -181,7 +182,7 @@ class Transitions(NamedTuple):
 
 
 def as_floats(obs: Tensor) -> Tensor:
-    """Observations as the networks take them: float32, bytes scaled to [0, 1]."""
+    """Observations as the networks take them: float32, bytes divided by 255."""
     return obs / 255 if obs.dtype == torch.uint8 else obs.float()
 
 

@@ -21,7 +21,7 @@ from chasing every update of Q. l(x) is x^2 / 2 up to |x| = delta, linear beyond
 --double   (the default) the maximum of noisy values is too high, so one network chooses a', the other rates it
 --dueling  Q(s, a) = V(s) + A(s, a) - mean_b A(s, b): every transition teaches V, whatever its action
 
-Learning is off-policy: the action in s' is the networks', so the buffer may hold transitions of older policies.
+Learning is off-policy: the networks choose the action in s', so transitions of older policies serve as well.
 To explore, an action is a random one with the probability epsilon, which falls linearly to its final value.
 
 After termination there is no further reward. A time limit (truncation) only cuts the episode short: y still has what
@@ -71,7 +71,7 @@ from tqdm import tqdm
 class Args:
     env_id: str = "CartPole-v1"  # Gymnasium's id of the environment; `module:Id` imports the module first
     seed: int = 1  # seed of every random generator
-    total_timesteps: int = 50_000  # length of the training; a step is one transition of one environment
+    total_timesteps: int = 50_000  # steps, rounded up to whole iterations; each is one transition of one environment
     num_envs: int = 1  # environments that step together
     learning_rate: float = 1e-3  # step size of the critic
     gamma: float = 0.99  # discount factor
@@ -93,7 +93,7 @@ class Args:
 
     hidden_sizes: tuple[int, int] = (120, 84)  # units of the two hidden layers of each network
     buffer_size: int = 1_000_000  # transitions in the replay buffer; the oldest give way
-    learning_starts: int = 1_000  # steps before the first update; actions are uniformly random until then
+    learning_starts: int = 1_000  # the first steps, without updates and with uniformly random actions
     train_frequency: int = 1  # steps between two turns of learning
     gradient_steps: int = 2  # updates in a turn of learning
     batch_size: int = 64  # transitions in an update
@@ -175,7 +175,7 @@ class Transitions(NamedTuple):
 
 
 def as_floats(obs: Tensor) -> Tensor:
-    """Observations as the networks take them: float32, bytes scaled to [0, 1]."""
+    """Observations as the networks take them: float32, bytes divided by 255."""
     return obs / 255 if obs.dtype == torch.uint8 else obs.float()
 
 

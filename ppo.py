@@ -68,7 +68,7 @@ from tqdm import tqdm
 class Args:
     env_id: str = "CartPole-v1"  # Gymnasium's id of the environment; `module:Id` imports the module first
     seed: int = 1  # seed of every random generator
-    total_timesteps: int = 500_000  # length of the training; a step is one transition of one environment
+    total_timesteps: int = 500_000  # steps, rounded up to whole iterations; each is one transition of one environment
     num_envs: int = 4  # environments that step together
     learning_rate: float = 2.5e-4  # step size of the optimizer
     gamma: float = 0.99  # discount factor

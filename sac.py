@@ -22,10 +22,10 @@ with different initial weights err differently: the lower of them seldom promise
 
 The aim is the return plus, at each step, alpha times the entropy E[ -log pi(a|s) ]: the policy explores by itself and
 keeps all actions that are equally good. Q counts the bonuses of later steps. log pi(a|s) is the log density of the
-Gaussian at u less the log of da/du = 1 - tanh(u)^2 for each dimension. J has a gradient because a is a function of m,
-sigma and a noise that depends on neither (the reparameterization trick).
+Gaussian at u less the log of da/du = 1 - tanh(u)^2 for each of its dim(a) dimensions. J has a gradient because a is a
+function of the actor's outputs m and sigma and of a noise that depends on neither (the reparameterization trick).
 
-Learning is off-policy: the action in s' is the networks', so the buffer may hold transitions of older policies.
+Learning is off-policy: the networks choose the action in s', so transitions of older policies serve as well.
 
 After termination there is no further reward. A time limit (truncation) only cuts the episode short: y still has what
 would have followed s'.
@@ -75,7 +75,7 @@ from tqdm import tqdm
 class Args:
     env_id: str = "Pendulum-v1"  # Gymnasium's id of the environment; `module:Id` imports the module first
     seed: int = 1  # seed of every random generator
-    total_timesteps: int = 20_000  # length of the training; a step is one transition of one environment
+    total_timesteps: int = 20_000  # steps, rounded up to whole iterations; each is one transition of one environment
     num_envs: int = 1  # environments that step together
     learning_rate: float = 1e-3  # step size of the actor
     gamma: float = 0.99  # discount factor
@@ -97,7 +97,7 @@ class Args:
 
     hidden_sizes: tuple[int, int] = (256, 256)  # units of the two hidden layers of each network
     buffer_size: int = 1_000_000  # transitions in the replay buffer; the oldest give way
-    learning_starts: int = 1_000  # steps before the first update; actions are uniformly random until then
+    learning_starts: int = 1_000  # the first steps, without updates and with uniformly random actions
     train_frequency: int = 1  # steps between two turns of learning
     gradient_steps: int = 1  # updates in a turn of learning
     batch_size: int = 256  # transitions in an update
@@ -158,7 +158,7 @@ class Agent(nn.Module):
 
     @torch.inference_mode()
     def act(self, obs: np.ndarray, explore: bool) -> np.ndarray:
-        """Actions (N, action_dim) for obs (N, obs_dim): drawn from pi, or the tanh of its means."""
+        """Actions (N, action_dim) for obs (N, obs_dim): drawn from pi, or tanh(m) to evaluate."""
         u, log_std = self.actor(as_floats(torch.from_numpy(obs)).to(self.device))
         if explore:
             u = u + log_std.exp() * torch.randn_like(u)
@@ -189,7 +189,7 @@ class Transitions(NamedTuple):
 
 
 def as_floats(obs: Tensor) -> Tensor:
-    """Observations as the networks take them: float32, bytes scaled to [0, 1]."""
+    """Observations as the networks take them: float32, bytes divided by 255."""
     return obs / 255 if obs.dtype == torch.uint8 else obs.float()
 
 

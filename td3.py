@@ -9,7 +9,7 @@ In each update, on a minibatch of a replay buffer (Algorithm 1 of the paper):
     a'       = clip(mu'(s') + clip(noise, -c, c), -1, 1)        target policy smoothing, the noise is Gaussian
     y        = r + gamma (1 - terminated) min_i Qi'(s', a')     the target of both critics, Q1 and Q2
     L(Q)     = E[ (Q1(s, a) - y)^2 + (Q2(s, a) - y)^2 ]         the critics go down L
-    J(mu)    = E[ Q1(s, mu(s)) ]                                the actor goes up J, in one of d updates only
+    J(mu)    = E[ Q1(s, mu(s)) ]                                the actor goes up J, in the first of every d updates
     Q'       = tau Q + (1 - tau) Q', and mu' likewise           the target networks follow slowly, when mu moves
 
 E is the mean over transitions (s, a, r, s') from the buffer: state, action, reward, next state. Q(s, a), the critic,
@@ -21,8 +21,8 @@ with different initial weights err differently: the lower of them seldom promise
 The noise in a' averages Q' over similar actions, so that no narrow peak pays; c is --noise-clip. The delay lets the
 critics settle before the actor follows them; d is --policy-frequency.
 
-Learning is off-policy: the action in s' is the networks', so the buffer may hold transitions of older policies.
-To explore, Gaussian noise is added to mu(s) (in the DDPG paper correlated in time; the TD3 paper found that no better).
+Learning is off-policy: the networks choose the action in s', so transitions of older policies serve as well.
+To explore, Gaussian noise is added to mu(s) (DDPG's was correlated in time; Fujimoto et al. 2018 found that no better).
 
 After termination there is no further reward. A time limit (truncation) only cuts the episode short: y still has what
 would have followed s'.
@@ -71,7 +71,7 @@ from tqdm import tqdm
 class Args:
     env_id: str = "Pendulum-v1"  # Gymnasium's id of the environment; `module:Id` imports the module first
     seed: int = 1  # seed of every random generator
-    total_timesteps: int = 20_000  # length of the training; a step is one transition of one environment
+    total_timesteps: int = 20_000  # steps, rounded up to whole iterations; each is one transition of one environment
     num_envs: int = 1  # environments that step together
     learning_rate: float = 1e-3  # step size of the actor
     gamma: float = 0.99  # discount factor
@@ -93,7 +93,7 @@ class Args:
 
     hidden_sizes: tuple[int, int] = (256, 256)  # units of the two hidden layers of each network
     buffer_size: int = 1_000_000  # transitions in the replay buffer; the oldest give way
-    learning_starts: int = 1_000  # steps before the first update; actions are uniformly random until then
+    learning_starts: int = 1_000  # the first steps, without updates and with uniformly random actions
     train_frequency: int = 1  # steps between two turns of learning
     gradient_steps: int = 1  # updates in a turn of learning
     batch_size: int = 256  # transitions in an update
@@ -187,7 +187,7 @@ class Transitions(NamedTuple):
 
 
 def as_floats(obs: Tensor) -> Tensor:
-    """Observations as the networks take them: float32, bytes scaled to [0, 1]."""
+    """Observations as the networks take them: float32, bytes divided by 255."""
     return obs / 255 if obs.dtype == torch.uint8 else obs.float()
 
 
@@ -306,7 +306,7 @@ def td3_update(
     update: int,
     gradients=(critic_gradients, actor_gradients),
 ) -> dict[str, Tensor]:
-    """A step of the optimizer of Q; in the first of every d also of the actor's and of the target networks."""
+    """A step of the critics; where `update` is a multiple of d, one of the actor and of the target networks too."""
     critic_gradients, actor_gradients = gradients
     critic_optimizer.zero_grad()
     log = critic_gradients(agent, args, batch)
