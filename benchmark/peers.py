@@ -1,4 +1,4 @@
-"""What Stable-Baselines3 returns here, with RL Zoo's settings, where a script stays below a published number.
+"""What Stable-Baselines3 returns here, with RL Zoo's settings, in cells most of which stay below a published number.
 
     pip install -r requirements.txt -r benchmark/requirements.txt "gymnasium[box2d]~=1.4.0"
     python benchmark/peers.py                         # every case, seeds 11 to 15

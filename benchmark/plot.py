@@ -359,8 +359,14 @@ def aggregates(runs: pd.DataFrame, reps: int) -> str:
             better = estimate(pairs, metrics.probability_of_improvement)
             lines += [f"| {pair} | {text} |" for pair, text in better.items()] + [""]
     if lines:
-        scale = "Scores: 0 is a random policy, 1 the best mean return among the scripts compared"
-        lines = [f"{scale} (at the smallest budget of each).", ""] + lines
+        scale = (
+            "Scores: 0 is a random policy, 1 the best mean return among the scripts compared, each after the smallest"
+        )
+        more = "number of steps in the table. IQM is the mean of the middle half of the scores, the probability of"
+        last = (
+            "improvement that of a run to beat one of the other script ([rliable](https://arxiv.org/abs/2108.13264))."
+        )
+        lines = [scale, more, last, ""] + lines
     return "\n".join(lines)
 
 

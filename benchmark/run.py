@@ -155,8 +155,10 @@ def made_with(script: str) -> dict[str, str]:
             versions.append(f"{package} {importlib.metadata.version(package)}")
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+        lines = re.findall(r"^(.+?)\s*: *(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        about = dict(lines)
+        if "model name" in about:
+            cpu = f"{about['model name']} (family {about.get('cpu family')}, model {about.get('model')})"
     machine = f"{cpu}, {os.cpu_count()} cores"
     with contextlib.suppress(OSError):
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]

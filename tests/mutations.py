@@ -1101,7 +1101,7 @@ def table(outcomes: dict[Mutation, Outcome], root: Path) -> str:
         "# Planted mistakes, and the tests that see them",
         "",
         f"Written by `python tests/mutations.py`: {len(outcomes)} mistakes, planted one at a time, in all the scripts",
-        f"of their row at once. The fast tests, without `test_copies.py`, catch {caught}.",
+        f"of their row at once. The fast tests, without `{NEVER[0]}` and `{NEVER[1]}`, catch {caught}.",
         f"A stage of the tests ends with its {ENOUGH}th failure; the later stages, which take longer, are asked only",
         "about what the earlier ones let pass. Three of the tests that failed are named.",
         "",
