@@ -359,14 +359,12 @@ def aggregates(runs: pd.DataFrame, reps: int) -> str:
             better = estimate(pairs, metrics.probability_of_improvement)
             lines += [f"| {pair} | {text} |" for pair, text in better.items()] + [""]
     if lines:
-        scale = (
-            "Scores: 0 is a random policy, 1 the best mean return among the scripts compared, each after the smallest"
-        )
-        more = "number of steps in the table. IQM is the mean of the middle half of the scores, the probability of"
-        last = (
-            "improvement that of a run to beat one of the other script ([rliable](https://arxiv.org/abs/2108.13264))."
-        )
-        lines = [scale, more, last, ""] + lines
+        lines = [
+            "Scores: 0 is a random policy, 1 the best mean return among the scripts compared, each after its smallest",
+            "number of steps in the table. IQM is the mean of the middle half of the scores, the probability of",
+            "improvement that of a run to beat one of the other script ([rliable](https://arxiv.org/abs/2108.13264)).",
+            "",
+        ] + lines
     return "\n".join(lines)
 
 
