@@ -109,7 +109,7 @@ def classic(seeds: int = 10) -> list[Experiment]:
         ("reinforce", "MountainCarContinuous-v0", 100_000, wide, "ours"),
         ("a2c", "MountainCarContinuous-v0", 100_000, f"--num-envs 4 --num-steps 100 {wide}", "ours, near RL Zoo"),
         ("ppo", "MountainCarContinuous-v0", 20_000, f"{ppo_car} {wide}", "ours"),
-        ("ddpg", "MountainCarContinuous-v0", 300_000, "--exploration-noise 3", "ours"),
+        ("ddpg", "MountainCarContinuous-v0", 300_000, "--exploration-noise 3 --train-frequency 8", "ours"),
         ("td3", "MountainCarContinuous-v0", 300_000, "--exploration-noise 3 --train-frequency 8", "ours"),
         ("sac", "MountainCarContinuous-v0", 50_000, zoo_sac_car, "after RL Zoo"),
     ]
