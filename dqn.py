@@ -146,11 +146,11 @@ class Agent(nn.Module):
     @torch.inference_mode()
     def act(self, obs: np.ndarray, explore: bool) -> np.ndarray:
         """Actions (N,) for obs (N, obs_dim): those of the highest Q, with the probability epsilon random ones."""
-        action = self.critic(as_floats(torch.from_numpy(obs)).to(self.device)).argmax(-1).cpu().numpy()
         strays = np.random.rand(len(obs)) < (self.epsilon if explore else self.eval_epsilon)
-        if strays.any():
-            action = np.where(strays, self.random_action(len(obs)), action)
-        return action
+        if strays.all():
+            return self.random_action(len(obs))
+        action = self.critic(as_floats(torch.from_numpy(obs)).to(self.device)).argmax(-1).cpu().numpy()
+        return np.where(strays, self.random_action(len(obs)), action) if strays.any() else action
 
     def random_action(self, num_envs: int) -> np.ndarray:
         """Uniformly random actions, in the form of those of `act`."""
