@@ -15,8 +15,8 @@ E is the mean over the steps of the rollout, pi the policy with the parameters t
 R are computed once a rollout and are constants in L. With lambda = 1 the TD errors in A telescope, and R_t is the
 paper's n-step return r_t + gamma r_{t+1} + ... + gamma^n V(s_{t+n}), n the steps left in the rollout or the episode.
 
-After termination there is no further reward. A time limit (truncation) only stops the recording: V of the last state
-stands for the rewards that would have followed. `done` is either, and no sum runs on into the next episode.
+After termination there is no further reward. A time limit (truncation) only breaks off, as a rollout's end does: V of
+the state reached stands for the rewards to come. `done` is terminated or truncated: no sum runs on into a new episode.
 
 Mnih et al. 2016 (A3C), "Asynchronous Methods for Deep Reinforcement Learning", arXiv 1602.01783: there each environment
 has a thread, here all step together. GAE: Schulman et al. 2016, arXiv 1506.02438.
@@ -26,8 +26,8 @@ has a thread, here all step together. GAE: Schulman et al. 2016, arXiv 1506.0243
     python a2c.py --resume runs/FOLDER --capture-video               # film a finished run
 
 The diff from reinforce.py is bootstrapping: the critic completes a return after a few steps, so there is no waiting for
-the end of an episode, and less noise; the price is a bias where V is wrong. With the paper come RMSprop, the entropy
-and a mean over steps, not episodes. ppo.py adds the ratio and its clip.
+the end of an episode, and less noise; the price is a bias where V is wrong. RMSprop and the entropy come with the
+paper; the mean is over steps, not episodes. ppo.py adds the ratio and its clip.
 """
 
 import atexit
@@ -86,9 +86,9 @@ class Args:
 
     hidden_sizes: tuple[int, int] = (64, 64)  # units of the two hidden layers of each network
     num_steps: int = 5  # steps of each environment in a rollout
-    gae_lambda: float = 1.0  # lambda of GAE; with 1 it is the n-step return minus V
+    gae_lambda: float = 1.0  # lambda of GAE: from 1, n-step returns minus V, to 0, one step; less noise, more bias
     ent_coef: float = 0.0  # weight of the entropy, c2
-    vf_coef: float = 0.5  # weight of the value loss, c1; as the networks share nothing, it acts in the gradient's clip
+    vf_coef: float = 0.5  # weight of the value loss, c1; the optimizer undoes scales, so it acts in the norm's clip
     max_grad_norm: float = 0.5  # largest norm of the gradient; a longer one is scaled down
     anneal_lr: bool = True  # lower the learning rate linearly to zero
     norm_obs: bool = True  # normalise observations by their running mean and standard deviation
@@ -138,7 +138,7 @@ class CategoricalPolicy(nn.Module):
 class GaussianPolicy(nn.Module):
     """pi(a|s) over a Box: independent Gaussians, whose standard deviations are parameters, the same in every state.
 
-    Actions are in units where the bounds of each dimension are -1 and 1; a dimension without bounds is left as it is.
+    Actions are in units where the bounds of each dimension are -1 and 1; one that lacks a bound is left as it is.
     What lies beyond a bound is cut off on the way to the environment only: pi is the density before that.
     """
 
@@ -172,7 +172,7 @@ class GaussianPolicy(nn.Module):
 
 
 class RunningStatistics(nn.Module):
-    """Mean and variance (size,) of everything seen so far; 0 and 1 before that."""
+    """Mean and variance (size,) of everything seen so far; 0 and 1 before there is anything."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -190,7 +190,7 @@ class RunningStatistics(nn.Module):
 
 
 class RewardScaler(nn.Module):
-    """Divides rewards by the standard deviation of the discounted return (Engstrom et al. 2020, arXiv 2005.12729)."""
+    """Divides rewards by the standard deviation of the discounted return (after Engstrom et al. 2020, 2005.12729)."""
 
     def __init__(self, gamma: float):
         super().__init__()
@@ -199,7 +199,7 @@ class RewardScaler(nn.Module):
         self.running_return = 0.0  # of the episodes under way, (N,); whoever resets the environments sets it to 0
 
     def forward(self, reward: Tensor, done: Tensor) -> Tensor:
-        """Rewards (T, N) in and out; the return here sums up what came before, and begins anew at either end."""
+        """Rewards (T, N) in and out; the return here sums up what came before, and begins anew with an episode."""
         returns = []
         for reward_t, done_t in zip(reward, done):
             returns.append(reward_t + self.gamma * self.running_return)
@@ -368,7 +368,7 @@ def train(args: Args) -> Path:
             # Run the policy as it is for T steps in N environments.
             steps = []
             for _ in range(args.num_steps):
-                action = act_alike(agent, obs, rank, processes)  # agent.act, but under torchrun
+                action = act_alike(agent, obs, rank, processes)  # agent.act, except under torchrun
                 next_obs, reward, terminated, truncated, infos = envs.step(agent.to_env(action))
                 done = terminated | truncated
                 steps.append((obs, action, reward, true_next_obs(next_obs, done, infos), terminated, done))
@@ -381,7 +381,7 @@ def train(args: Args) -> Path:
             if args.norm_reward:
                 rollout = rollout._replace(reward=agent.reward_scaler(rollout.reward, rollout.done))
             row = a2c_update(agent, optimizer, rollout, args, gradients)
-            if args.norm_obs:  # not before the update: it must see the observations as the policy saw them
+            if args.norm_obs:  # not before the update, which must see what the policy saw
                 agent.obs_statistics.update(rollout.obs.flatten(0, 1))
             if run.advance(step, row | {"charts/learning_rate": optimizer.param_groups[0]["lr"]}):  # a checkpoint
                 obs = reset(envs, args.seed, step, rank)

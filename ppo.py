@@ -2,9 +2,9 @@
 # requires-python = ">=3.11"
 # dependencies = ["torch>=2.13", "gymnasium[classic-control,mujoco]>=1.4", "tyro>=1.0", "wandb", "numpy", "tqdm"]
 # ///
-"""Proximal Policy Optimization: many small steps on each rollout, held near the policy that collected it.
+"""Proximal Policy Optimization: many small steps on each rollout, with nothing to gain far from its policy.
 
-Maximises, by Adam on minibatches of the last rollout (PPO paper, equations 7, 9, 11 and 12; the 1/2 is in its code):
+Maximises, by Adam on minibatches of the last rollout (PPO paper, equations 7, 9, 11, 12; the 1/2 as in OpenAI's ppo2):
 
     L(theta) = E[ min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) - c1 (V(s) - R)^2 / 2 + c2 H(pi(.|s)) ]
     ratio    = pi(a|s) / pi_old(a|s)
@@ -13,15 +13,15 @@ Maximises, by Adam on minibatches of the last rollout (PPO paper, equations 7, 9
     R_t      = A_t + V(s_t)                                            the target of the value
 
 E is the mean over the steps of a minibatch, pi the policy with the parameters theta, pi_old the one that collected the
-rollout, V the critic, H the entropy. pi_old, A and R are computed once a rollout and are constants in L; in each
-minibatch A is shifted and scaled to mean 0 and standard deviation 1 (--norm-adv, from the authors' code).
+rollout, V the critic, H the entropy. pi_old, A and R are computed once a rollout, by the V of then, and constants in L;
+in each minibatch A is shifted and scaled to mean 0 and standard deviation 1 (--norm-adv, as in ppo2).
 
 Where A > 0 the objective stops growing at ratio 1 + eps, where A < 0 at 1 - eps: going further earns nothing. The min
 keeps the unclipped term where the ratio went the wrong way, so that such a step can be undone. The clip takes away an
 incentive to leave pi_old; it does not bound the ratio.
 
-After termination there is no further reward. A time limit (truncation) only stops the recording: V of the last state
-stands for the rewards that would have followed. `done` is either, and no sum runs on into the next episode.
+After termination there is no further reward. A time limit (truncation) only breaks off, as a rollout's end does: V of
+the state reached stands for the rewards to come. `done` is terminated or truncated: no sum runs on into a new episode.
 
 Schulman et al. 2017, "Proximal Policy Optimization Algorithms", arXiv 1707.06347. GAE: Schulman et al. 2016, arXiv
 1506.02438.
@@ -31,7 +31,7 @@ Schulman et al. 2017, "Proximal Policy Optimization Algorithms", arXiv 1707.0634
     python ppo.py --resume runs/FOLDER --capture-video               # film a finished run
 
 The diff from a2c.py is the ratio and its clip: with them a rollout is good for several passes in minibatches, where A2C
-takes one step and throws it away. Adam, a lambda below 1 and scaled advantages come along.
+takes one step. Adam, a lambda below 1, scaled advantages and, if asked for, --clip-vloss and --target-kl come along.
 """
 
 import atexit
@@ -90,17 +90,17 @@ class Args:
 
     hidden_sizes: tuple[int, int] = (64, 64)  # units of the two hidden layers of each network
     num_steps: int = 128  # steps of each environment in a rollout
-    gae_lambda: float = 0.95  # lambda of GAE; with 1 it is the n-step return minus V
+    gae_lambda: float = 0.95  # lambda of GAE: from 1, n-step returns minus V, to 0, one step; less noise, more bias
     ent_coef: float = 0.0  # weight of the entropy, c2
-    vf_coef: float = 0.5  # weight of the value loss, c1; as the networks share nothing, it acts in the gradient's clip
+    vf_coef: float = 0.5  # weight of the value loss, c1; the optimizer undoes scales, so it acts in the norm's clip
     max_grad_norm: float = 0.5  # largest norm of the gradient; a longer one is scaled down
     anneal_lr: bool = True  # lower the learning rate linearly to zero
     update_epochs: int = 4  # passes over a rollout
     num_minibatches: int = 4  # minibatches in a pass
     clip_coef: float = 0.2  # eps: beyond 1 - eps and 1 + eps the ratio earns nothing more
-    clip_vloss: bool = False  # clip the change of the value by eps too (in the authors' code, not in the paper)
+    clip_vloss: bool = False  # clip the change of the value by eps too (in ppo2, not in the paper)
     norm_adv: bool = True  # normalise the advantages of a minibatch to mean 0 and standard deviation 1
-    target_kl: float | None = None  # no further pass if KL(pi_old || pi) in a pass's last minibatch is above this
+    target_kl: float | None = None  # no further pass if KL(pi_old || pi), as a pass's last step logs it, is above this
     norm_obs: bool = True  # normalise observations by their running mean and standard deviation
     norm_reward: bool = True  # divide rewards by the running standard deviation of the return
     init_log_std: float = -0.5  # initial log standard deviation of a Gaussian policy, in units where bounds are +-1
@@ -148,7 +148,7 @@ class CategoricalPolicy(nn.Module):
 class GaussianPolicy(nn.Module):
     """pi(a|s) over a Box: independent Gaussians, whose standard deviations are parameters, the same in every state.
 
-    Actions are in units where the bounds of each dimension are -1 and 1; a dimension without bounds is left as it is.
+    Actions are in units where the bounds of each dimension are -1 and 1; one that lacks a bound is left as it is.
     What lies beyond a bound is cut off on the way to the environment only: pi is the density before that.
     """
 
@@ -182,7 +182,7 @@ class GaussianPolicy(nn.Module):
 
 
 class RunningStatistics(nn.Module):
-    """Mean and variance (size,) of everything seen so far; 0 and 1 before that."""
+    """Mean and variance (size,) of everything seen so far; 0 and 1 before there is anything."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -200,7 +200,7 @@ class RunningStatistics(nn.Module):
 
 
 class RewardScaler(nn.Module):
-    """Divides rewards by the standard deviation of the discounted return (Engstrom et al. 2020, arXiv 2005.12729)."""
+    """Divides rewards by the standard deviation of the discounted return (after Engstrom et al. 2020, 2005.12729)."""
 
     def __init__(self, gamma: float):
         super().__init__()
@@ -209,7 +209,7 @@ class RewardScaler(nn.Module):
         self.running_return = 0.0  # of the episodes under way, (N,); whoever resets the environments sets it to 0
 
     def forward(self, reward: Tensor, done: Tensor) -> Tensor:
-        """Rewards (T, N) in and out; the return here sums up what came before, and begins anew at either end."""
+        """Rewards (T, N) in and out; the return here sums up what came before, and begins anew with an episode."""
         returns = []
         for reward_t, done_t in zip(reward, done):
             returns.append(reward_t + self.gamma * self.running_return)
@@ -342,7 +342,7 @@ def ppo_gradients(agent: Agent, args: Args, batch: list[Tensor]) -> dict[str, Te
 
 
 def ppo_update(agent, optimizer, rollout: Rollout, args: Args, gradients=ppo_gradients) -> dict[str, float]:
-    """Maximises L(theta) in `update_epochs` passes over the rollout; returns the mean of what `ppo_loss` logs."""
+    """Maximises L(theta) in `update_epochs` passes over the rollout; returns means of what `ppo_loss` logs."""
     with torch.no_grad():
         old_log_prob, _ = agent.log_prob(rollout.obs, rollout.action)  # theta is still as it was in the rollout
         value, next_value = agent.value(torch.stack([rollout.obs, rollout.next_obs]))  # at once: fewer calls
@@ -400,7 +400,7 @@ def train(args: Args) -> Path:
             # Run the policy as it is for T steps in N environments.
             steps = []
             for _ in range(args.num_steps):
-                action = act_alike(agent, obs, rank, processes)  # agent.act, but under torchrun
+                action = act_alike(agent, obs, rank, processes)  # agent.act, except under torchrun
                 next_obs, reward, terminated, truncated, infos = envs.step(agent.to_env(action))
                 done = terminated | truncated
                 steps.append((obs, action, reward, true_next_obs(next_obs, done, infos), terminated, done))
@@ -413,7 +413,7 @@ def train(args: Args) -> Path:
             if args.norm_reward:
                 rollout = rollout._replace(reward=agent.reward_scaler(rollout.reward, rollout.done))
             row = ppo_update(agent, optimizer, rollout, args, gradients)
-            if args.norm_obs:  # not before the update: it must see the observations as the policy saw them
+            if args.norm_obs:  # not before the update, which must see what the policy saw
                 agent.obs_statistics.update(rollout.obs.flatten(0, 1))
             if run.advance(step, row | {"charts/learning_rate": optimizer.param_groups[0]["lr"]}):  # a checkpoint
                 obs = reset(envs, args.seed, step, rank)

@@ -137,7 +137,7 @@ class CategoricalPolicy(nn.Module):
 class GaussianPolicy(nn.Module):
     """pi(a|s) over a Box: independent Gaussians, whose standard deviations are parameters, the same in every state.
 
-    Actions are in units where the bounds of each dimension are -1 and 1; a dimension without bounds is left as it is.
+    Actions are in units where the bounds of each dimension are -1 and 1; one that lacks a bound is left as it is.
     What lies beyond a bound is cut off on the way to the environment only: pi is the density before that.
     """
 
@@ -171,7 +171,7 @@ class GaussianPolicy(nn.Module):
 
 
 class RunningStatistics(nn.Module):
-    """Mean and variance (size,) of everything seen so far; 0 and 1 before that."""
+    """Mean and variance (size,) of everything seen so far; 0 and 1 before there is anything."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -189,7 +189,7 @@ class RunningStatistics(nn.Module):
 
 
 class RewardScaler(nn.Module):
-    """Divides rewards by the standard deviation of the discounted return (Engstrom et al. 2020, arXiv 2005.12729)."""
+    """Divides rewards by the standard deviation of the discounted return (after Engstrom et al. 2020, 2005.12729)."""
 
     def __init__(self, gamma: float):
         super().__init__()
@@ -198,7 +198,7 @@ class RewardScaler(nn.Module):
         self.running_return = 0.0  # of the episodes under way, (N,); whoever resets the environments sets it to 0
 
     def forward(self, reward: Tensor, done: Tensor) -> Tensor:
-        """Rewards (T, N) in and out; the return here sums up what came before, and begins anew at either end."""
+        """Rewards (T, N) in and out; the return here sums up what came before, and begins anew with an episode."""
         returns = []
         for reward_t, done_t in zip(reward, done):
             returns.append(reward_t + self.gamma * self.running_return)
@@ -366,7 +366,7 @@ def train(args: Args) -> Path:
             # step and the running statistics do). A batch as long as the whole training is cut, as by a time limit.
             steps, waiting = [], np.ones(envs.num_envs, dtype=bool)
             while any(exchange(waiting.any())) and args.num_envs * len(steps) < args.total_timesteps:
-                action = act_alike(agent, obs, rank, processes)  # agent.act, but under torchrun
+                action = act_alike(agent, obs, rank, processes)  # agent.act, except under torchrun
                 next_obs, reward, terminated, truncated, infos = envs.step(agent.to_env(action))
                 done = terminated | truncated
                 steps.append((obs, action, reward, true_next_obs(next_obs, done, infos), terminated, done))
@@ -381,7 +381,7 @@ def train(args: Args) -> Path:
             if args.norm_reward:
                 rollout = rollout._replace(reward=agent.reward_scaler(rollout.reward, rollout.done))
             row = reinforce_update(agent, optimizer, rollout, args, gradients)
-            if args.norm_obs:  # not before the update: it must see the observations as the policy saw them
+            if args.norm_obs:  # not before the update, which must see what the policy saw
                 agent.obs_statistics.update(rollout.obs.flatten(0, 1))
             checkpointed = run.advance(step, row | {"charts/learning_rate": optimizer.param_groups[0]["lr"]})
             obs = reset(envs, args.seed, step, rank) if checkpointed else envs.reset()[0]

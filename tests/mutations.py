@@ -198,7 +198,7 @@ MUTATIONS = [
         "statistics updated before the policy is",
         "ppo.py",
         "            row = ppo_update(agent, optimizer, rollout, args, gradients)\n"
-        "            if args.norm_obs:  # not before the update: it must see the observations as the policy saw them\n"
+        "            if args.norm_obs:  # not before the update, which must see what the policy saw\n"
         "                agent.obs_statistics.update(rollout.obs.flatten(0, 1))\n",
         "            if args.norm_obs:\n"
         "                agent.obs_statistics.update(rollout.obs.flatten(0, 1))\n"
