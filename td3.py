@@ -50,7 +50,7 @@ import threading
 import time
 import warnings
 import zipfile
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from functools import partial
@@ -346,7 +346,7 @@ def train(args: Args) -> Path:
     envs = make_envs(args, args.num_envs)
     space = envs.single_action_space
     fits = isinstance(space, gym.spaces.Box) and space.is_bounded()
-    require(fits, f"{args.env_id}: actions must be a Box with finite bounds, these are {space}; try dqn.py or ppo.py")
+    require(fits, f"{args.env_id}: actions must be a Box with finite bounds, not {space}; dqn.py, ppo.py take others")
 
     torch.manual_seed(args.seed)
     agent = Agent(envs, args, device)
@@ -403,7 +403,10 @@ def check_flags(args: Args) -> torch.device:
         require(0 < getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be above 0")
     for name in ("seed", "eval_episodes", "eval_every", "checkpoint_every"):
         require(getattr(args, name) >= 0, f"--{name.replace('_', '-')} must not be below 0")
+    for name, x in asdict(args).items():
+        require(x == x, f"--{name.replace('_', '-')} must not be NaN")
     require(args.seed < 2**64, "--seed must be below 2 ** 64")
+    require(args.num_threads <= 1024, "--num-threads must not be above 1024")
     require(0 <= args.gamma <= 1, "--gamma must lie between 0 and 1")
     require(min(args.hidden_sizes) > 0, "--hidden-sizes must be above 0")
     if args.capture_video:
@@ -497,30 +500,26 @@ def seed_for(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def seed_generators(seed: int) -> None:
-    """Seeds those of random, numpy and torch."""
+def reset(envs: gym.vector.SyncVectorEnv, *numbers: int, rank: int = 0) -> np.ndarray:
+    """Resets the environments and seeds every generator anew, by seed and step: a resumed run goes on as any other."""
+    seed = seed_for(*numbers)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def reset(envs: gym.vector.VectorEnv, seed: int, step: int, rank: int = 0) -> np.ndarray:
-    """Resets the environments and seeds every generator anew, so that a resumed run sees what the uninterrupted saw."""
-    seed = seed_for(seed, step)
-    seed_generators(seed)
-    envs.action_space.seed(seed)
-    return envs.reset(seed=seed + rank * envs.num_envs)[0]
+    seed += rank * envs.num_envs
+    for index, env in enumerate(envs.envs):  # some environments draw from their own spaces
+        env.unwrapped.action_space.seed(seed + index)
+        env.unwrapped.observation_space.seed(seed + index)
+    return envs.reset(seed=seed)[0]
 
 
 def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[str, float]:
     """Plays one episode in each of `eval_episodes` fresh environments without exploration, 100,000 steps at most."""
     returns, alive = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)
-    seed = seed_for(args.seed, 0, 1)  # three numbers: no seed of the training
     states = random.getstate(), np.random.get_state()  # what is drawn here changes no training
     gpu = [] if agent.device.type == "cpu" else [agent.device]
     with torch.random.fork_rng(gpu), closing(make_envs(args, args.eval_episodes, video)) as envs:
-        seed_generators(seed)
-        obs, _ = envs.reset(seed=seed)
+        obs = reset(envs, args.seed, 0, 1)  # three numbers: no seed of the training
         for _ in range(100_000):
             obs, reward, terminated, truncated, _ = envs.step(agent.to_env(agent.act(obs, explore=False)))
             returns[alive] += reward[alive]
@@ -689,6 +688,7 @@ class Run:
 
     def log(self, row: dict) -> None:
         """Writes a row to metrics.jsonl, at once and whole, and to W&B."""
+        self.check_finite(row, states={})  # returns may be infinite where losses are not
         line, before = json.dumps(row).encode() + b"\n", self.metrics.tell()
         try:
             if self.metrics.write(line) < len(line):
@@ -753,7 +753,6 @@ class Run:
             return
         video = self.folder / "videos" / f"step-{self.step}" if self.args.capture_video else None
         row = {"global_step": self.step} | evaluate(self.states["agent"], self.args, video)
-        self.check_finite(row, states={})
         self.log(row)
         if self.wandb and video:
             import wandb
@@ -761,7 +760,8 @@ class Run:
             film = wandb.Video(str(video.parent / f"{video.name}-episode-0.mp4"), format="mp4")
             self.to_wandb(self.wandb.log, {"global_step": self.step, "eval/video": film})
         mean, std, episodes = (row[f"eval/{name}"] for name in ("episodic_return", "episodic_return_std", "episodes"))
-        tqdm.write(f"Evaluation at step {self.step:,}: return {mean:.1f} ± {std:.1f} over {episodes} episodes")
+        with suppress(OSError, UnicodeError):  # a reader who has left, or has no ±, is no reason to stop
+            tqdm.write(f"Evaluation at step {self.step:,}: return {mean:.1f} ± {std:.1f} over {episodes} episodes")
 
     def finish(self) -> Path:
         """Saves and evaluates the trained agent; returns the run's folder."""

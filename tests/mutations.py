@@ -95,7 +95,8 @@ MUTATIONS = [
     ),
     Mutation("entropy without its minus", "*", "entropy = -(log_probs.exp()", "entropy = (log_probs.exp()"),
     Mutation("softmax over the wrong axis", "*", "self.net(obs).log_softmax(-1)", "self.net(obs).log_softmax(0)"),
-    Mutation("Discrete actions always begin at 0", "*", "        return action + self.start", "        return action"),
+    Mutation("Discrete actions have 64 bits", "*", ".start).astype(self.space.dtype)", ".start)"),
+    Mutation("Discrete actions always begin at 0", "*", "(action + self.space.start).astype", "action.astype"),
     Mutation("log_std for std", "*", "mean + self.log_std.exp() * torch", "mean + self.log_std * torch"),
     Mutation(
         "one noise for all dimensions of an action",
@@ -333,7 +334,7 @@ MUTATIONS = [
     Mutation(
         "no seeds at the reset after a checkpoint",
         "reinforce.py",
-        "reset(envs, args.seed, step, rank) if checkpointed else envs.reset()[0]",
+        "reset(envs, args.seed, step, rank=rank) if checkpointed else envs.reset()[0]",
         "envs.reset()[0]",
     ),
     # ----- A2C and PPO
@@ -785,10 +786,17 @@ MUTATIONS = [
     Mutation(
         "no seed for the environments",
         "*",
-        "return envs.reset(seed=seed + rank * envs.num_envs)[0]",
+        "return envs.reset(seed=seed)[0]",
         "return envs.reset()[0]",
     ),
-    Mutation("seed and step added up", "*", "seed = seed_for(seed, step)", "seed = seed + step"),
+    Mutation(
+        "no seed for the environments' own spaces",
+        "*",
+        "        env.unwrapped.action_space.seed(seed + index)\n"
+        "        env.unwrapped.observation_space.seed(seed + index)\n",
+        "        pass\n",
+    ),
+    Mutation("seed and step added up", "*", "seed = seed_for(*numbers)", "seed = sum(numbers)"),
     Mutation("the first weights have no seed", "*", "    torch.manual_seed(args.seed)\n", ""),
     Mutation(
         "autoreset in the step after", "*", "gym.vector.AutoresetMode.SAME_STEP", "gym.vector.AutoresetMode.NEXT_STEP"
@@ -797,12 +805,15 @@ MUTATIONS = [
     Mutation(
         "evaluation on the seed of the training",
         "*",
-        "seed = seed_for(args.seed, 0, 1)",
-        "seed = seed_for(args.seed, 0)",
+        "reset(envs, args.seed, 0, 1)",
+        "reset(envs, args.seed, 0)",
     ),
     Mutation("evaluation takes random numbers of the training", "*", "    np.random.set_state(states[1])\n", ""),
     Mutation(
-        "evaluation draws what the training left", "*", "        seed_generators(seed)\n        obs", "        obs"
+        "evaluation draws what the training left",
+        "*",
+        "reset(envs, args.seed, 0, 1)",
+        "envs.reset(seed=seed_for(args.seed, 0, 1))[0]",
     ),
     Mutation("evaluation rewinds the generator of the GPU", "*", "fork_rng(gpu)", "fork_rng([])"),
     Mutation("the buffer is copied at the end", "*", 'else ["agent"] if finished', "else self.states if finished"),
@@ -813,7 +824,7 @@ MUTATIONS = [
         'saved["step"] + iterations * args.num_envs',
         "args.total_timesteps",
     ),
-    Mutation("evaluation without a seed", "*", "obs, _ = envs.reset(seed=seed)", "obs, _ = envs.reset()"),
+    Mutation("evaluation without a seed", "*", "obs = reset(envs, args.seed, 0, 1)", "obs, _ = envs.reset()"),
     Mutation("evaluation counts later episodes", "*", "returns[alive] += reward[alive]", "returns += reward"),
     Mutation(
         "evaluation does not end at truncation", "*", "alive &= ~(terminated | truncated)", "alive &= ~terminated"
@@ -873,7 +884,7 @@ MUTATIONS = [
     Mutation(
         "no reset after a checkpoint",
         "a2c.py ppo.py",
-        "                obs = reset(envs, args.seed, step, rank)\n                if args",
+        "                obs = reset(envs, args.seed, step, rank=rank)\n                if args",
         "                if args",
     ),
     Mutation("no reset after a checkpoint (replay)", REPLAY, "obs, row = reset(envs, args.seed, step), {}", "row = {}"),
@@ -920,6 +931,7 @@ MUTATIONS = [
         "steps since the start over the time since the last row", "*", "(step - self.row_step) / (time", "step / (time"
     ),
     Mutation("no search for NaN in the losses", "*", "if not math.isfinite(x)]", "if False]"),
+    Mutation("infinite returns pass", "*", "        self.check_finite(row, states={})  # returns", "        # returns"),
     Mutation("infinite losses pass", "*", "if not math.isfinite(x)]", "if math.isnan(x)]"),
     Mutation(
         "no search for NaN in what a checkpoint holds", "*", "check_finite(row, states)\n", "check_finite(row, {})\n"
@@ -936,7 +948,7 @@ MUTATIONS = [
     ),
     Mutation("all processes have the same share", POLICY_GRADIENT, "x[rank::processes]", "x[::processes]"),
     Mutation("all processes draw the same noise", POLICY_GRADIENT, "processes)[rank]", "processes)[0]"),
-    Mutation("all processes have the same environments", "*", "seed=seed + rank * envs.num_envs", "seed=seed"),
+    Mutation("all processes have the same environments", "*", "    seed += rank * envs.num_envs\n", ""),
     Mutation("gradients are not exchanged", POLICY_GRADIENT, "        dist.all_reduce(mean)\n", ""),
     Mutation("rollouts are not exchanged", POLICY_GRADIENT, "dist.all_gather(x, own.cpu())", "x[:] = [own] * len(x)"),
     Mutation("each process stops by itself", "*", "any(exchange(self.signal is not None))", "self.signal is not None"),

@@ -353,6 +353,9 @@ def test_integer_actions_are_the_nearest(module):
 def test_discrete_actions_begin_where_the_space_does(module):
     policy = module.CategoricalPolicy(3, (64, 64), gym.spaces.Discrete(2, start=5))
     assert policy.to_env(np.array([0, 1, 1])).tolist() == [5, 6, 6]
+    small = gym.spaces.Discrete(3, start=-1, dtype=np.int8)  # contains no number of 64 bits
+    actions = module.CategoricalPolicy(3, (64, 64), small).to_env(np.array([0, 2]))
+    assert actions.tolist() == [-1, 1] and all(small.contains(action) for action in actions)
 
 
 @everywhere

@@ -63,6 +63,7 @@ BAD_FLAGS = [
         for x in "0 -1".split()
     ),
     ("--num-threads 0", "--num-threads", "above 0"),
+    ("--num-threads 100000", "--num-threads", "1024"),
     *((f"--{name} -1", f"--{name}", "below 0") for name in "seed eval-episodes eval-every checkpoint-every".split()),
     ("--resume nowhere", "--resume nowhere", "args.json"),
 ]
@@ -71,12 +72,13 @@ HELP = {"dqn": "sac.py", "ddpg": "dqn.py", "td3": "dqn.py", "sac": "dqn.py"}  # 
 REPLAY = [s for s in SCRIPTS if s in HELP]
 OWN_FLAGS = [
     *(
-        (s, f"--env-id {i}", f"{i}: actions must be", "these are", "try", "ppo.py", HELP[s])
+        (s, f"--env-id {i}", f"{i}: actions must be", "not", "take", "ppo.py", HELP[s])
         for s in SCRIPTS
         for k, i in WRONG_ACTIONS.items()
         if not takes(s, k)
     ),
     ("ppo", "--num-minibatches 7", "512", "minibatches"),
+    *((s, "--vf-coef nan", "--vf-coef", "NaN") for s in ("a2c", "ppo")),
     ("ppo", "--num-minibatches 512", "minibatch", "2 steps"),
     ("ppo", "--num-minibatches 0", "--num-minibatches", "above 0"),
     ("ppo", "--num-steps -128", "--num-steps", "above 0"),
@@ -94,14 +96,16 @@ OWN_FLAGS = [
     *((s, "--tau 1.1", "--tau", "above 1") for s in REPLAY),
     *((s, "--learning-starts -1", "--learning-starts", "below 0") for s in REPLAY),
     *((s, "--buffer-size 10_000_000_000_000 --total-timesteps 10_000_000_000_000", "buffer-size") for s in REPLAY),
-    *((s, f"--q-lr {x}", "--q-lr", "above 0") for s in REPLAY if s != "dqn" for x in ("0", "nan", "inf")),
+    *((s, f"--q-lr {x}", "--q-lr", "above 0") for s in REPLAY if s != "dqn" for x in ("0", "inf")),
+    *((s, "--q-lr nan", "--q-lr", "NaN") for s in REPLAY if s != "dqn"),
     *((s, "--exploration-noise -0.1", "--exploration-noise", "below 0") for s in ("ddpg", "td3")),
     ("td3", "--policy-frequency 0", "--policy-frequency", "above 0"),
     ("td3", "--policy-noise -1", "--policy-noise", "below 0"),
     ("td3", "--noise-clip nan", "--noise-clip"),
     ("sac", "--alpha 0", "--alpha", "above 0"),
     ("dqn", "--target-network-frequency 0", "--target-network-frequency", "above 0"),
-    *(("dqn", f"--huber-delta {x}", "--huber-delta", "above 0") for x in ("0", "nan")),
+    ("dqn", "--huber-delta 0", "--huber-delta", "above 0"),
+    ("dqn", "--huber-delta nan", "--huber-delta", "NaN"),
     *(("dqn", f"--{name} 1.1", f"--{name}", "above 1") for name in ("start-e", "end-e", "eval-epsilon")),
     ("dqn", "--exploration-fraction -1", "--exploration-fraction", "below 0"),
     ("dqn", "--exploration-fraction 2", "--exploration-fraction"),

@@ -1,8 +1,11 @@
 """What the training loop hands to the update: every transition, none across a reset, by the policy that acted."""
 
+import contextlib
 import json
+import os
 import random
 import signal
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -436,19 +439,18 @@ def test_evaluation_acts_without_exploration_on_other_seeds(module, monkeypatch)
 
 @everywhere
 def test_reset_seeds_every_generator_from_seed_and_step(module):
-    import random
-
     args = module.Args()
     envs = module.make_envs(args, 2)
 
     def draw(seed, step):
         obs = module.reset(envs, seed, step)
-        action = envs.action_space.sample()
-        return *obs.flat, random.random(), np.random.rand(), torch.rand(()).item(), *action.flat
+        own = [x for env in envs.envs for x in env.unwrapped.observation_space.sample()]
+        actions = [np.ravel(env.unwrapped.action_space.sample())[0] for env in envs.envs for _ in range(40)]
+        return *obs.flat, *own, random.random(), np.random.rand(), torch.rand(()).item(), tuple(actions)
 
     assert draw(1, 0) == draw(1, 0)
     others = [draw(seed, step) for seed, step in ((1, 0), (1, 1), (2, 0), (2, 1))]
-    for i in range(len(others[0]) - 2):  # two sampled Discrete actions may agree by chance
+    for i in range(len(others[0])):
         assert len({other[i] for other in others}) == 4
 
 
@@ -539,6 +541,34 @@ def test_a_loss_that_is_not_finite_ends_the_run_in_a_line(module, number, quiet,
             run.advance(7, {"losses/fine": 1.0, "losses/bad": torch.tensor(number)})
     assert end.value.code == 1
     assert "error: losses/bad is not finite at step 7" in capsys.readouterr().err
+
+
+@everywhere
+def test_a_return_that_is_not_finite_ends_the_run_and_is_no_row(module, quiet, capsys):
+    """JSON has no number for it, and the losses may be finite all the same, as before dqn.py learns."""
+    with module.Run(module.Args(**quiet | {"log_every": 5}), {"step": 0, "states": {}}) as run:
+        run.returns, run.lengths = [1.0, -float("inf")], [3, 3]
+        with pytest.raises(SystemExit) as end:
+            run.advance(7, {"losses/fine": 1.0})
+    assert end.value.code == 1 and rows(run.folder) == []
+    assert "error: charts/episodic_return is not finite at step 7" in capsys.readouterr().err
+
+
+@everywhere
+@pytest.mark.parametrize("encoding", ("utf-8", "ascii"))
+def test_a_reader_who_has_left_or_lacks_a_letter_does_not_end_the_run(module, encoding, quiet, monkeypatch):
+    args = module.Args(**quiet | {"env_id": clock(module), "eval_episodes": 1})
+    agent = module.Agent(module.make_envs(args, 1), args, torch.device("cpu"))
+    with module.Run(args, {"step": 0, "states": {}}, agent=agent) as run:
+        read, write = os.pipe()
+        os.close(read)
+        with open(write, "w", encoding=encoding, buffering=1) as nobody:
+            monkeypatch.setattr(sys, "stdout", nobody)
+            run.evaluate()
+            monkeypatch.undo()
+            with contextlib.suppress(BrokenPipeError):
+                nobody.close()
+    assert "eval/episodic_return" in rows(run.folder)[-1]
 
 
 @everywhere

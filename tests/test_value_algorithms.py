@@ -178,6 +178,9 @@ def test_actions_that_start_elsewhere_reach_the_environment_as_it_numbers_them()
     agent = dqn.Agent(spaces(gym.spaces.Discrete(3, start=5)), dqn.Args(), CPU)
     assert agent.to_env(np.array([0, 2])).tolist() == [5, 7]
     assert set(agent.random_action(200).tolist()) == {0, 1, 2}
+    small = gym.spaces.Discrete(3, start=-1, dtype=np.int8)  # contains no number of 64 bits
+    actions = dqn.Agent(spaces(small), dqn.Args(), CPU).to_env(np.array([0, 2]))
+    assert actions.tolist() == [-1, 1] and all(small.contains(action) for action in actions)
 
 
 # ----- ddpg.py, td3.py, sac.py: the critic
