@@ -481,7 +481,7 @@ def check_flags(args: Args) -> torch.device:
     for name, x in asdict(args).items():
         require(x == x, f"--{name.replace('_', '-')} must not be NaN")
     require(args.seed < 2**64, "--seed must be below 2 ** 64")
-    require(args.num_threads <= 1024, "--num-threads must not be above 1024")
+    require(args.num_threads <= 1024, "--num-threads must not be above 1024")  # torch crashes far above
     require(0 <= args.gamma <= 1, "--gamma must lie between 0 and 1")
     require(min(args.hidden_sizes) > 0, "--hidden-sizes must be above 0")
     if args.capture_video:
@@ -576,7 +576,7 @@ def seed_for(*numbers: int) -> int:
 
 
 def reset(envs: gym.vector.SyncVectorEnv, *numbers: int, rank: int = 0) -> np.ndarray:
-    """Resets the environments and seeds every generator anew, by seed and step: a resumed run goes on as any other."""
+    """Resets the environments and seeds every generator anew by the numbers, seed and step: bits repeat."""
     seed = seed_for(*numbers)
     random.seed(seed)
     np.random.seed(seed)
