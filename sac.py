@@ -524,7 +524,7 @@ def seed_for(*numbers: int) -> int:
 
 
 def reset(envs: gym.vector.SyncVectorEnv, *numbers: int, rank: int = 0) -> np.ndarray:
-    """Resets the environments and seeds every generator anew by the numbers, seed and step: bits repeat."""
+    """Resets the environments and seeds every generator from seed and step: a resumed run sees what any other saw."""
     seed = seed_for(*numbers)
     random.seed(seed)
     np.random.seed(seed)
