@@ -162,56 +162,68 @@ def draw_curves(runs: pd.DataFrame, path: Path) -> None:
     plt.close(figure)
 
 
-def draw_rows(
-    rows: dict[str, tuple[np.ndarray, object]], label: str, line: float, path: Path, ticks: tuple[int, ...] = ()
-) -> None:
-    """A row for each name: a dot a seed, a stroke at their mean, in a color; and a vertical line to compare with.
+def draw_cell(axis, place: float, values: np.ndarray, color: object) -> None:
+    """A dot a seed and a stroke at their mean."""
+    axis.plot(values, np.full(len(values), place), ".", color=color, alpha=0.6)
+    axis.plot(values.mean(), place, "|", color=color, markersize=9, markeredgewidth=2.5)
 
-    With `ticks` the axis is logarithmic above 2, and these are its numbers.
-    """
-    figure, axis = plt.subplots(figsize=(8, 0.24 * len(rows) + 1), layout="constrained")
-    axis.axvline(line, color="black", linewidth=0.8, linestyle="--")
-    for place, (values, color) in enumerate(rows.values()):
-        axis.plot(values, np.full(len(values), place), ".", color=color, alpha=0.6)
-        axis.plot(values.mean(), place, "|", color=color, markersize=11, markeredgewidth=2.5)
-    axis.set_yticks(range(len(rows)), rows, fontsize=8)
-    axis.set_ylim(len(rows) - 0.4, -0.6)
-    if ticks:
-        axis.set_xscale("symlog", linthresh=2, linscale=2)
-        axis.set_xticks(ticks, map(str, ticks))
-        axis.minorticks_off()
-        axis.set_xlim(left=min(values.min() for values, _ in rows.values()) - 0.1)
-    axis.set_xlabel(label, fontsize=9)
+
+def draw_variants(runs: pd.DataFrame, path: Path) -> None:
+    """Final returns of the variants of one cell, a row each, and of the cell itself, the best mean above."""
+    groups = dict(list(runs.groupby("variant")["return"]))
+    order = sorted(groups, key=lambda variant: -groups[variant].mean())
+    figure, axis = plt.subplots(figsize=(8, 0.24 * len(order) + 1), layout="constrained")
+    axis.axvline(groups[""].mean(), color="black", linewidth=0.8, linestyle="--")
+    for place, variant in enumerate(order):
+        draw_cell(axis, place, groups[variant].to_numpy(), "C0" if variant else "black")
+    axis.set_yticks(range(len(order)), [f"{name or 'as it is'} ({len(groups[name])})" for name in order], fontsize=8)
+    axis.set_ylim(len(order) - 0.4, -0.6)
+    axis.set_xlabel("return without exploration at the end of the training", fontsize=9)
     axis.tick_params(axis="x", labelsize=8)
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def draw_variants(runs: pd.DataFrame, path: Path) -> None:
-    """Final returns of the variants of one cell and of the cell itself, the best mean above."""
-    groups = dict(list(runs.groupby("variant")["return"]))
-    rows = {}
-    for variant, returns in sorted(groups.items(), key=lambda item: -item[1].mean()):
-        name = f"{variant or 'as it is'} ({len(returns)})"
-        rows[name] = returns.to_numpy(), "C0" if variant else "black"
-    draw_rows(rows, "return without exploration at the end of the training", groups[""].mean(), path)
-
-
 def draw_published(results: pd.DataFrame, published: pd.DataFrame, path: Path) -> None:
-    """Final returns on a scale on which a random policy has 0 and the published number 1, in the order of the grid."""
+    """Final returns on a scale on which a random policy has 0 and the published number 1, in the order of the grid.
+
+    A band an environment, a row a script and budget; the axis is logarithmic above 2.
+    """
     cells = dict(list(results[results["variant"] == ""].groupby(["env_id", "steps", "script", "variant"])))
-    rows = {}
+    bands = {}
     for cell in sorted(cells, key=sort_key):
         env_id, steps, script, _ = cell
         there = published.query("env_id == @env_id and steps == @steps and script == @script")
         zero = ENVIRONMENTS.get(env_id, ("", math.inf))[1]
         if len(there) == 1 and (one := there["return_mean"].item()) > zero:
             values = (cells[cell]["return"].to_numpy() - zero) / (one - zero)
-            rows[f"{env_id}  {script}  {steps:,}  ({len(values)})"] = values, COLORS.get(script)
-    if rows:
-        label = "return: 0 that of a random policy, 1 the published one"
-        draw_rows(rows, f"{label} (logarithmic above 2)", 1.0, path, ticks=(0, 1, 2, 5, 10, 20))
+            bands.setdefault(env_id, []).append((script, f"{steps:,} ({len(values)})", values))
+    if not bands:
+        return
+    rows = sum(bands.values(), [])
+    figure, axis = plt.subplots(figsize=(8, 0.13 * len(rows) + 1.3), layout="constrained")
+    axis.axvline(1.0, color="black", linewidth=0.8, linestyle="--")
+    labels = {}
+    for place, (script, about, values) in enumerate(rows):
+        draw_cell(axis, place, values, COLORS.get(script))
+        labels.setdefault(script, axis.lines[-1])
+        axis.annotate(about, (1.005, place), xycoords=("axes fraction", "data"), fontsize=6, va="center")
+    ends = [0, *itertools.accumulate(len(band) for band in bands.values())]
+    for number, (start, end) in enumerate(itertools.pairwise(ends)):
+        axis.axhspan(start - 0.5, end - 0.5, color="black", alpha=0.05 * (number % 2), linewidth=0)
+    axis.set_yticks([(start + end - 1) / 2 for start, end in itertools.pairwise(ends)], bands, fontsize=8)
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.set_xscale("symlog", linthresh=2, linscale=2)
+    axis.set_xticks(ticks := (0, 1, 2, 5, 10, 20), map(str, ticks))
+    axis.minorticks_off()
+    axis.set_xlim(left=min(values.min() for *_, values in rows) - 0.1)
+    axis.set_xlabel("return: 0 that of a random policy, 1 the published one (logarithmic above 2)", fontsize=9)
+    axis.tick_params(axis="x", labelsize=8)
+    axis.grid(alpha=0.3, axis="x")
+    figure.legend(labels.values(), labels, fontsize=8, loc="outside upper center", ncols=7)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def ranges(seeds: list[int]) -> str:

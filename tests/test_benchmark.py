@@ -569,14 +569,13 @@ def test_a_peer_runs_once_for_each_seed(tmp_path, monkeypatch, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
-def drawn(figure) -> list[tuple[str, list[float], float]]:
-    """The rows of a figure of draw_rows from above: name, dots, mean."""
+def drawn(figure) -> list[tuple[list[float], float]]:
+    """The rows of a figure of returns from above: the dots, the stroke at their mean."""
     (axis,) = figure.axes
-    names = [label.get_text() for label in axis.get_yticklabels()]
     assert axis.get_ylim()[0] > axis.get_ylim()[1], "the first row is above"
     dots, strokes = axis.lines[1::2], axis.lines[2::2]
-    assert [line.get_ydata()[0] for line in dots] == [*range(len(names))]
-    return [(n, [*d.get_xdata()], s.get_xdata()[0]) for n, d, s in zip(names, dots, strokes, strict=True)]
+    assert [line.get_ydata()[0] for line in dots] == [*range(len(dots))]
+    return [([*d.get_xdata()], s.get_xdata()[0]) for d, s in zip(dots, strokes, strict=True)]
 
 
 def test_variants_stand_below_each_other_the_best_mean_above(plot, tmp_path, monkeypatch):
@@ -585,8 +584,10 @@ def test_variants_stand_below_each_other_the_best_mean_above(plot, tmp_path, mon
     returns = {"": (5.0, 7.0), "better": (9.0,), "worse": (1.0, 2.0, 6.0)}
     runs = [{"variant": variant, "return": x} for variant, some in returns.items() for x in some]
     plot.draw_variants(plot.pd.DataFrame(runs), tmp_path / "variants.png")
-    rows = [("better (1)", [9.0], 9.0), ("as it is (2)", [5.0, 7.0], 6.0), ("worse (3)", [1.0, 2.0, 6.0], 3.0)]
-    assert drawn(shown[0]) == rows and list(shown[0].axes[0].lines[0].get_xdata()) == [6.0, 6.0]
+    assert drawn(shown[0]) == [([9.0], 9.0), ([5.0, 7.0], 6.0), ([1.0, 2.0, 6.0], 3.0)]
+    (axis,) = shown[0].axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["better (1)", "as it is (2)", "worse (3)"]
+    assert list(axis.lines[0].get_xdata()) == [6.0, 6.0]
 
 
 def test_a_published_number_is_1_and_a_random_policy_0(plot, tmp_path, monkeypatch):
@@ -598,13 +599,23 @@ def test_a_published_number_is_1_and_a_random_policy_0(plot, tmp_path, monkeypat
         cell | {"variant": "", "seed": 11, "return": zero},
         cell | {"variant": "", "seed": 12, "return": 500 + zero},
     ]
+    first, last = {"env_id": "CartPole-v1"}, {"steps": 1000, "script": "ppo"}
     runs += [runs[0] | {"variant": "other"}, runs[0] | {"script": "td3"}, runs[0] | {"steps": 200}]
+    runs += [runs[0] | first | {"return": 100.0}, runs[0] | last]
     published = [cell | {"return_mean": 250 + zero}, cell | {"steps": 200, "return_mean": zero - 1}]
+    published += [cell | first | {"return_mean": 100.0}, cell | last | {"return_mean": 5000.0}]
     plot.draw_published(plot.pd.DataFrame(runs), plot.pd.DataFrame(published), tmp_path / "published.png")
-    ((name, dots, mean),) = drawn(shown[0])
-    assert name == "Hopper-v5  sac  100  (2)" and dots == pytest.approx([0, 2]) and mean == pytest.approx(1)
+    assert drawn(shown[0]) == [([1], 1), ([0], 0), (pytest.approx([0, 2]), pytest.approx(1))]
     (axis,) = shown[0].axes
     assert axis.get_xscale() == "symlog" and axis.get_xlim()[0] < 0 and [*axis.get_xticks()] == [0, 1, 2, 5, 10, 20]
+    bands = {label.get_text(): place for label, place in zip(axis.get_yticklabels(), axis.get_yticks())}
+    assert bands == {"CartPole-v1": 0, "Hopper-v5": 1.5}
+    assert [(text.get_text(), text.xy[1]) for text in axis.texts] == [("100 (1)", 0), ("1,000 (1)", 1), ("100 (2)", 2)]
+    ((legend,),) = [[*figure.legends] for figure in shown]
+    assert [text.get_text() for text in legend.get_texts()] == ["sac", "ppo"]
+    strokes = dict(zip(("sac", "ppo"), legend.get_lines()))
+    assert all(stroke.get_color() == plot.COLORS[script] for script, stroke in strokes.items())
+    assert [line.get_color() for line in axis.lines[2::2]] == [plot.COLORS[name] for name in ("sac", "ppo", "sac")]
 
 
 def test_sources_are_links(plot):
