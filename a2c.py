@@ -4,11 +4,11 @@
 # ///
 """Advantage Actor-Critic (A2C): a policy gradient step every few moves, with a learned value to judge them by.
 
-Maximises, by one RMSprop step on each rollout of T steps in N environments (A3C paper, section 4):
+Maximises, by one RMSprop step on each rollout of T steps in N environments (Mnih et al. 2016, section 4):
 
     L(theta) = E[ log pi(a|s) A - c1 (V(s) - R)^2 / 2 + c2 H(pi(.|s)) ]
     delta_t  = r_t + gamma (1 - terminated_t) V(s_{t+1}) - V(s_t)      the TD error, s_{t+1} the true next state
-    A_t      = delta_t + gamma lambda (1 - done_t) A_{t+1}             the advantage, GAE(lambda), 0 after the last row
+    A_t      = delta_t + gamma lambda (1 - done_t) A_{t+1}             the advantage, GAE(lambda), 0 after the rollout
     R_t      = A_t + V(s_t)                                            the target of the value
 
 E is the mean over the steps of the rollout, pi the policy with the parameters theta, V the critic, H the entropy. A and
@@ -26,8 +26,8 @@ has a thread, here all step together. GAE: Schulman et al. 2016, arXiv 1506.0243
     python a2c.py --resume runs/FOLDER --capture-video               # film a finished run
 
 The diff from reinforce.py is bootstrapping: the critic completes a return after a few steps, so there is no waiting for
-the end of an episode, and less noise; the price is a bias where V is wrong. RMSprop and the entropy come with the
-paper; the mean is over steps, not episodes. ppo.py adds the ratio and its clip.
+the end of an episode, and less noise; the price is a bias where V is wrong. From the paper come RMSprop (there with eps
+inside the root) and the entropy, from OpenAI's Baselines the clipped gradient; means are over steps. Next is ppo.py.
 """
 
 import atexit
@@ -64,13 +64,13 @@ from tqdm import tqdm
 class Args:
     env_id: str = "CartPole-v1"  # Gymnasium's id of the environment; `module:Id` imports the module first
     seed: int = 1  # seed of every random generator
-    total_timesteps: int = 300_000  # steps, rounded up to whole iterations; each is one transition of one environment
+    total_timesteps: int = 300_000  # steps, each a transition of one environment; rounded up to whole iterations
     num_envs: int = 8  # environments that step together
     learning_rate: float = 7e-4  # step size of the optimizer
     gamma: float = 0.99  # discount factor
     device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"  # where to train; auto takes a GPU if there is one
-    num_threads: int = 1  # CPU threads of torch; one is fastest for small networks, or with a run on every core
-    onednn: bool = False  # where it is exact, multiply matrices with oneDNN: faster with AVX-512 if they are wide
+    num_threads: int = 1  # CPU threads of torch; one is fastest for small networks, or if every core has a run
+    onednn: bool = False  # multiply matrices with oneDNN where it stays float32: faster with AVX-512, if they are wide
     compile: bool = False  # compile the loss and its gradient with torch.compile; on the CPU needs a C++ compiler
     track: bool = False  # log to Weights & Biases as well (WANDB_MODE=offline works)
     wandb_project_name: str = "rungs"  # project on Weights & Biases
@@ -86,9 +86,9 @@ class Args:
 
     hidden_sizes: tuple[int, int] = (64, 64)  # units of the two hidden layers of each network
     num_steps: int = 5  # steps of each environment in a rollout
-    gae_lambda: float = 1.0  # lambda of GAE: from 1, n-step returns minus V, to 0, one step; less noise, more bias
+    gae_lambda: float = 1.0  # lambda of GAE: 1 is n-step returns minus V, 0 the TD error: less noise, more bias
     ent_coef: float = 0.0  # weight of the entropy, c2
-    vf_coef: float = 0.5  # weight of the value loss, c1; the optimizer undoes scales, so it acts in the norm's clip
+    vf_coef: float = 0.5  # weight of the value loss, c1; the optimizer undoes it, up to its part in the clipped norm
     max_grad_norm: float = 0.5  # largest norm of the gradient; a longer one is scaled down
     anneal_lr: bool = True  # lower the learning rate linearly to zero
     norm_obs: bool = True  # normalise observations by their running mean and standard deviation
@@ -376,7 +376,7 @@ def train(args: Args) -> Path:
                 obs = next_obs
             step += batch_size
 
-            # Learn from these steps. Their rewards count in the scale already: a small bias, which fades.
+            # Learn from these steps. Their rewards are in the statistics that scale them: a small bias, which fades.
             rollout = gather(stack(steps, device))
             if args.norm_reward:
                 rollout = rollout._replace(reward=agent.reward_scaler(rollout.reward, rollout.done))
@@ -576,7 +576,7 @@ def seed_for(*numbers: int) -> int:
 
 
 def reset(envs: gym.vector.SyncVectorEnv, *numbers: int, rank: int = 0) -> np.ndarray:
-    """Resets the environments and seeds every generator from seed and step: a resumed run sees what any other saw."""
+    """Resets the environments and seeds every generator: a resumed run goes on as one that was never stopped."""
     seed = seed_for(*numbers)
     random.seed(seed)
     np.random.seed(seed)
@@ -608,7 +608,7 @@ def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[st
 
 
 def write_file(path: Path, content: str | dict) -> None:
-    """Writes text, or a dict with torch.save, aside and renames it: `path` is never a part of a file."""
+    """Writes text, or a dict with torch.save, aside and renames it: `path` never holds half a file."""
     if not first():
         return
     part = path.with_name(path.name + ".part")

@@ -6,35 +6,35 @@
 
 In each update, on a minibatch of a replay buffer (Algorithm 1 of the paper):
 
-    a'       = argmax_a Q(s', a)                                Double DQN; with --no-double argmax_a Q'(s', a)
+    a'       = argmax_b Q(s', b)                                Double DQN; with --no-double argmax_b Q'(s', b)
     y        = r + gamma (1 - terminated) Q'(s', a')            the target of the critic
     L(Q)     = E[ l(Q(s, a) - y) ]                              the critic goes down L
-    Q'       = tau Q + (1 - tau) Q'                             every --target-network-frequency steps; tau = 1: a copy
+    Q'       = tau Q + (1 - tau) Q'                             only every --target-network-frequency steps
 
 E is the mean over transitions (s, a, r, s') from the buffer: state, action, reward, next state. Q(s, a), the critic,
 estimates the discounted return that follows action a in state s. A prime marks what comes next (s', a'), and on a
 network (Q') its target network. No gradient goes through y, and each loss moves its own networks only.
 
-The buffer makes minibatches of transitions that are nearly independent, and a Q' that stands still for a while keeps y
-from chasing every update of Q. l(x) is x^2 / 2 up to |x| = delta, linear beyond (Huber; the paper's delta is 1).
+The buffer makes minibatches of transitions that are nearly independent. Q' stands still for a while and then becomes a
+copy of Q (tau is 1), so y does not chase each update. l(x) is x^2 / 2 up to |x| = delta, then linear (Huber; paper: 1).
 
 --double   (the default) the maximum of noisy values is too high, so one network chooses a', the other rates it
 --dueling  Q(s, a) = V(s) + A(s, a) - mean_b A(s, b): every transition teaches V, whatever its action
 
 Learning is off-policy: the networks choose the action in s', so transitions of older policies serve as well.
-To explore, an action is a random one with the probability epsilon, which falls linearly to its final value.
+To explore, the first --learning-starts actions are random, later ones with probability epsilon, which falls linearly.
 
 After termination there is no further reward. A time limit (truncation) only cuts the episode short: y still has what
 would have followed s'.
 
-Mnih et al. 2015, "Human-level control through deep reinforcement learning", Nature 518. Double: van Hasselt, Guez and
-Silver 2016, arXiv 1509.06461. Dueling: Wang et al. 2016, arXiv 1511.06581.
+Mnih et al. 2015, "Human-level control through deep reinforcement learning", Nature 518 (with RMSprop). Double: van
+Hasselt, Guez and Silver 2016, arXiv 1509.06461. Dueling: Wang et al. 2016, arXiv 1511.06581 (with two layers a head).
 
     python dqn.py                                                  # CartPole-v1, which the defaults suit
     python dqn.py --env-id Acrobot-v1 --total-timesteps 100000
     python dqn.py --resume runs/FOLDER --capture-video             # film a finished run
 
-The next script is ddpg.py, for continuous actions: the diff is an actor in the place of the maximum.
+The next script is ddpg.py, for continuous actions: the diff is above all an actor for the maximum.
 """
 
 import copy
@@ -71,13 +71,13 @@ from tqdm import tqdm
 class Args:
     env_id: str = "CartPole-v1"  # Gymnasium's id of the environment; `module:Id` imports the module first
     seed: int = 1  # seed of every random generator
-    total_timesteps: int = 50_000  # steps, rounded up to whole iterations; each is one transition of one environment
+    total_timesteps: int = 50_000  # steps, each a transition of one environment; rounded up to whole iterations
     num_envs: int = 1  # environments that step together
-    learning_rate: float = 1e-3  # step size of the critic
+    learning_rate: float = 1e-3  # step size of Q
     gamma: float = 0.99  # discount factor
     device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"  # where to train; auto takes a GPU if there is one
-    num_threads: int = 1  # CPU threads of torch; one is fastest for small networks, or with a run on every core
-    onednn: bool = False  # where it is exact, multiply matrices with oneDNN: faster with AVX-512 if they are wide
+    num_threads: int = 1  # CPU threads of torch; one is fastest for small networks, or if every core has a run
+    onednn: bool = False  # multiply matrices with oneDNN where it stays float32: faster with AVX-512, if they are wide
     compile: bool = False  # compile the loss and its gradient with torch.compile; on the CPU needs a C++ compiler
     track: bool = False  # log to Weights & Biases as well (WANDB_MODE=offline works)
     wandb_project_name: str = "rungs"  # project on Weights & Biases
@@ -98,14 +98,14 @@ class Args:
     gradient_steps: int = 2  # updates in a turn of learning
     batch_size: int = 64  # transitions in an update
     anneal_lr: bool = True  # lower the learning rate linearly to zero
-    tau: float = 1.0  # how far a target network moves towards its network at each update; 1 copies it
-    target_network_frequency: int = 250  # steps between two updates of the target network
+    tau: float = 1.0  # how far a target network moves towards its network when it is updated; 1 copies it
+    target_network_frequency: int = 250  # steps between two updates of the target network (in the paper updates of Q)
     start_e: float = 1.0  # epsilon at step 0; before learning_starts every action is random anyway
-    end_e: float = 0.2  # epsilon in the end
-    exploration_fraction: float = 0.16  # share of total_timesteps in which epsilon falls
-    eval_epsilon: float = 0.0  # epsilon in evaluations
-    huber_delta: float = 100.0  # where l turns linear; at 100, CartPole's largest Q, a fall counts in full
-    double: bool = True  # the network chooses the action of the target, the target network rates it
+    end_e: float = 0.2  # epsilon once it has fallen
+    exploration_fraction: float = 0.16  # share of total_timesteps over which epsilon falls
+    eval_epsilon: float = 0.0  # epsilon in evaluations, which are greedy at 0
+    huber_delta: float = 100.0  # errors above it count linearly, not squared; CartPole's largest Q is 100
+    double: bool = True  # Q chooses the action of the target and Q' rates it; with --no-double Q' does both
     dueling: bool = False  # separate value of the state and advantages of the actions
 
 
@@ -115,18 +115,18 @@ class Args:
 class QNetwork(nn.Module):
     """Q(s, a): the value of each action a in state s."""
 
-    def __init__(self, obs_dim: int, hidden_sizes: tuple[int, int], actions: int, dueling: bool):
+    def __init__(self, obs_dim: int, hidden_sizes: tuple[int, int], num_actions: int, dueling: bool):
         super().__init__()
         h1, h2 = hidden_sizes
         self.fc1, self.fc2 = nn.Linear(obs_dim, h1), nn.Linear(h1, h2)
-        self.advantage = nn.Linear(h2, actions)  # Q itself, if there is no V
+        self.advantage = nn.Linear(h2, num_actions)  # Q itself, if there is no V
         self.value = nn.Linear(h2, 1) if dueling else None
 
     def forward(self, obs: Tensor) -> Tensor:
         """Q (B, actions) for obs (B, obs_dim)."""
         hidden = self.fc2(self.fc1(obs).relu()).relu()
-        q = self.advantage(hidden)
-        return q if self.value is None else self.value(hidden) + q - q.mean(-1, keepdim=True)
+        advantage = self.advantage(hidden)
+        return advantage if self.value is None else self.value(hidden) + advantage - advantage.mean(-1, keepdim=True)
 
 
 class Agent(nn.Module):
@@ -180,13 +180,13 @@ def as_floats(obs: Tensor) -> Tensor:
 
 
 class ReplayBuffer:
-    """The last transitions: a ring of preallocated tensors on the training device."""
+    """The most recent transitions: a ring of preallocated tensors on the training device."""
 
     def __init__(self, envs: gym.vector.VectorEnv, size: int, device: torch.device):
         """A ring of `size` transitions, or of `num_envs` if that is more."""
         self.size, self.added = max(size, envs.num_envs), 0
         obs_space, action_space = envs.single_observation_space, envs.single_action_space
-        obs = (math.prod(obs_space.shape),), torch.uint8 if obs_space.dtype == np.uint8 else torch.float32
+        obs = (math.prod(obs_space.shape),), (torch.uint8 if obs_space.dtype == np.uint8 else torch.float32)
         discrete = isinstance(action_space, gym.spaces.Discrete)
         action = ((), torch.int64) if discrete else ((math.prod(action_space.shape),), torch.float32)
         kinds = Transitions(obs, action, ((), torch.float32), obs, ((), torch.bool))  # the shape and dtype of each
@@ -229,7 +229,7 @@ class ReplayBuffer:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that are free on a GPU, or that the machine has."""
+    """Bytes that are free on a GPU, or all that the machine has."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
@@ -476,7 +476,7 @@ def seed_for(*numbers: int) -> int:
 
 
 def reset(envs: gym.vector.SyncVectorEnv, *numbers: int, rank: int = 0) -> np.ndarray:
-    """Resets the environments and seeds every generator from seed and step: a resumed run sees what any other saw."""
+    """Resets the environments and seeds every generator: a resumed run goes on as one that was never stopped."""
     seed = seed_for(*numbers)
     random.seed(seed)
     np.random.seed(seed)
@@ -508,7 +508,7 @@ def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[st
 
 
 def write_file(path: Path, content: str | dict) -> None:
-    """Writes text, or a dict with torch.save, aside and renames it: `path` is never a part of a file."""
+    """Writes text, or a dict with torch.save, aside and renames it: `path` never holds half a file."""
     if not first():
         return
     part = path.with_name(path.name + ".part")

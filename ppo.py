@@ -9,7 +9,7 @@ Maximises, by Adam on minibatches of the last rollout (PPO paper, equations 7, 9
     L(theta) = E[ min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) - c1 (V(s) - R)^2 / 2 + c2 H(pi(.|s)) ]
     ratio    = pi(a|s) / pi_old(a|s)
     delta_t  = r_t + gamma (1 - terminated_t) V(s_{t+1}) - V(s_t)      the TD error, s_{t+1} the true next state
-    A_t      = delta_t + gamma lambda (1 - done_t) A_{t+1}             the advantage, GAE(lambda), 0 after the last row
+    A_t      = delta_t + gamma lambda (1 - done_t) A_{t+1}             the advantage, GAE(lambda), 0 after the rollout
     R_t      = A_t + V(s_t)                                            the target of the value
 
 E is the mean over the steps of a minibatch, pi the policy with the parameters theta, pi_old the one that collected the
@@ -68,13 +68,13 @@ from tqdm import tqdm
 class Args:
     env_id: str = "CartPole-v1"  # Gymnasium's id of the environment; `module:Id` imports the module first
     seed: int = 1  # seed of every random generator
-    total_timesteps: int = 500_000  # steps, rounded up to whole iterations; each is one transition of one environment
+    total_timesteps: int = 500_000  # steps, each a transition of one environment; rounded up to whole iterations
     num_envs: int = 4  # environments that step together
     learning_rate: float = 2.5e-4  # step size of the optimizer
     gamma: float = 0.99  # discount factor
     device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"  # where to train; auto takes a GPU if there is one
-    num_threads: int = 1  # CPU threads of torch; one is fastest for small networks, or with a run on every core
-    onednn: bool = False  # where it is exact, multiply matrices with oneDNN: faster with AVX-512 if they are wide
+    num_threads: int = 1  # CPU threads of torch; one is fastest for small networks, or if every core has a run
+    onednn: bool = False  # multiply matrices with oneDNN where it stays float32: faster with AVX-512, if they are wide
     compile: bool = False  # compile the loss and its gradient with torch.compile; on the CPU needs a C++ compiler
     track: bool = False  # log to Weights & Biases as well (WANDB_MODE=offline works)
     wandb_project_name: str = "rungs"  # project on Weights & Biases
@@ -90,9 +90,9 @@ class Args:
 
     hidden_sizes: tuple[int, int] = (64, 64)  # units of the two hidden layers of each network
     num_steps: int = 128  # steps of each environment in a rollout
-    gae_lambda: float = 0.95  # lambda of GAE: from 1, n-step returns minus V, to 0, one step; less noise, more bias
+    gae_lambda: float = 0.95  # lambda of GAE: 1 is n-step returns minus V, 0 the TD error: less noise, more bias
     ent_coef: float = 0.0  # weight of the entropy, c2
-    vf_coef: float = 0.5  # weight of the value loss, c1; the optimizer undoes scales, so it acts in the norm's clip
+    vf_coef: float = 0.5  # weight of the value loss, c1; the optimizer undoes it, up to its part in the clipped norm
     max_grad_norm: float = 0.5  # largest norm of the gradient; a longer one is scaled down
     anneal_lr: bool = True  # lower the learning rate linearly to zero
     update_epochs: int = 4  # passes over a rollout
@@ -408,7 +408,7 @@ def train(args: Args) -> Path:
                 obs = next_obs
             step += batch_size
 
-            # Learn from these steps. Their rewards count in the scale already: a small bias, which fades.
+            # Learn from these steps. Their rewards are in the statistics that scale them: a small bias, which fades.
             rollout = gather(stack(steps, device))
             if args.norm_reward:
                 rollout = rollout._replace(reward=agent.reward_scaler(rollout.reward, rollout.done))
@@ -608,7 +608,7 @@ def seed_for(*numbers: int) -> int:
 
 
 def reset(envs: gym.vector.SyncVectorEnv, *numbers: int, rank: int = 0) -> np.ndarray:
-    """Resets the environments and seeds every generator from seed and step: a resumed run sees what any other saw."""
+    """Resets the environments and seeds every generator: a resumed run goes on as one that was never stopped."""
     seed = seed_for(*numbers)
     random.seed(seed)
     np.random.seed(seed)
@@ -640,7 +640,7 @@ def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[st
 
 
 def write_file(path: Path, content: str | dict) -> None:
-    """Writes text, or a dict with torch.save, aside and renames it: `path` is never a part of a file."""
+    """Writes text, or a dict with torch.save, aside and renames it: `path` never holds half a file."""
     if not first():
         return
     part = path.with_name(path.name + ".part")

@@ -2,19 +2,19 @@
 # requires-python = ">=3.11"
 # dependencies = ["torch>=2.13", "gymnasium[classic-control,mujoco]>=1.4", "tyro>=1.0", "wandb", "numpy", "tqdm"]
 # ///
-"""REINFORCE, the Monte-Carlo policy gradient: play whole episodes, then make actions that paid off more probable.
+"""REINFORCE, the Monte-Carlo policy gradient: play whole episodes, then raise the probability of what paid off.
 
 Takes one Adam step with this gradient for each batch of N episodes (Williams 1992; reward-to-go: Sutton et al. 2000):
 
-    grad J(theta) = E[ sum_t (G_t - b_t) grad log pi(a_t|s_t) ]
-    G_t           = r_t + gamma G_{t+1}                                the reward-to-go of the episode
+    grad J(theta) = E[ sum_t (G_t - b_t) grad log pi(a_t|s_t) ]        G_t - b_t: the advantage
+    G_t           = r_t + gamma G_{t+1}                                the reward-to-go, 0 after the episode
     b_t           = 0                                                  with --baseline none
                   = the mean G over all steps of the other episodes    with --baseline mean
                   = V(s_t), which learns to predict G_t                with --baseline value
 
 E is the mean over the episodes, pi the policy with the parameters theta. V goes down the mean of (V(s_t) - G_t)^2 / 2
-over all their steps. No baseline depends on the action that it judges, so each leaves the mean of the estimate as it
-is; a good one takes noise away. With gamma = 1 that mean is the exact gradient of the expected return, if rewards are
+over all their steps. No baseline depends on the action that it judges, so the expectation of the estimate is the same
+with each; a good one takes noise away. With gamma = 1 it is the exact gradient of the expected return, if rewards are
 not scaled (--no-norm-reward) and no G_t is completed by V; with gamma < 1 the factor gamma^t of the discounted return's
 gradient is dropped, as is common, so that late steps count as much as early ones.
 
@@ -67,13 +67,13 @@ from tqdm import tqdm
 class Args:
     env_id: str = "CartPole-v1"  # Gymnasium's id of the environment; `module:Id` imports the module first
     seed: int = 1  # seed of every random generator
-    total_timesteps: int = 300_000  # steps, rounded up to whole iterations; each is one transition of one environment
+    total_timesteps: int = 300_000  # steps, each a transition of one environment; rounded up to whole iterations
     num_envs: int = 8  # environments that step together; a batch has one episode of each
     learning_rate: float = 2e-3  # step size of the optimizer
     gamma: float = 0.99  # discount factor
     device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"  # where to train; auto takes a GPU if there is one
-    num_threads: int = 1  # CPU threads of torch; one is fastest for small networks, or with a run on every core
-    onednn: bool = False  # where it is exact, multiply matrices with oneDNN: faster with AVX-512 if they are wide
+    num_threads: int = 1  # CPU threads of torch; one is fastest for small networks, or if every core has a run
+    onednn: bool = False  # multiply matrices with oneDNN where it stays float32: faster with AVX-512, if they are wide
     compile: bool = False  # compile the loss and its gradient with torch.compile; on the CPU needs a C++ compiler
     track: bool = False  # log to Weights & Biases as well (WANDB_MODE=offline works)
     wandb_project_name: str = "rungs"  # project on Weights & Biases
@@ -88,7 +88,7 @@ class Args:
     resume: str = ""  # folder of a run to go on with; its flags apply, except those given here
 
     hidden_sizes: tuple[int, int] = (64, 64)  # units of the two hidden layers of each network
-    baseline: Literal["none", "mean", "value"] = "value"  # what is taken from the reward-to-go
+    baseline: Literal["none", "mean", "value"] = "value"  # what is subtracted from the reward-to-go
     anneal_lr: bool = True  # lower the learning rate linearly to zero
     norm_obs: bool = True  # normalise observations by their running mean and standard deviation
     norm_reward: bool = True  # divide rewards by the running standard deviation of the return
@@ -321,8 +321,8 @@ def reinforce_gradients(agent: Agent, args: Args, batch: list[Tensor]) -> dict[s
 
 
 def reinforce_update(agent, optimizer, rollout: Rollout, args: Args, gradients=reinforce_gradients) -> dict[str, float]:
-    """Takes one Adam step with grad J(theta) of the first episode of each environment; returns what the loss logs."""
-    played = rollout.done.cumsum(0) - rollout.done.long() == 0  # no earlier step ended an episode
+    """Takes one Adam step, with the first episode of each environment; returns what the loss logs."""
+    played = rollout.done.cumsum(0) == rollout.done  # no earlier step ended an episode
     value = next_value = torch.zeros_like(rollout.reward)
     if args.baseline == "value":
         with torch.no_grad():
@@ -362,8 +362,8 @@ def train(args: Args) -> Path:
             remaining = 1 - step / args.total_timesteps if args.anneal_lr else 1.0
             optimizer.param_groups[0]["lr"] = remaining * args.learning_rate
 
-            # Play one whole episode in each of N environments; one done early plays on, which no gradient sees (but
-            # step and the running statistics do). A batch as long as the whole training is cut, as by a time limit.
+            # Play one whole episode in each of N environments. One done early plays on: that counts in `step` and in
+            # the running statistics, not in the gradient. A batch as long as the whole training is truncated.
             steps, waiting = [], np.ones(envs.num_envs, dtype=bool)
             while any(exchange(waiting.any())) and args.num_envs * len(steps) < args.total_timesteps:
                 action = act_alike(agent, obs, rank, processes)  # agent.act, except under torchrun
@@ -373,10 +373,10 @@ def train(args: Args) -> Path:
                 run.count_episodes(infos, waiting)
                 obs = next_obs
                 waiting &= ~done
-            done[waiting] = True  # what the cut leaves unfinished
+            done[waiting] = True  # in steps[-1] too: the same array
             step += args.num_envs * len(steps)
 
-            # Learn from these steps. Their rewards count in the scale already: a small bias, which fades.
+            # Learn from these steps. Their rewards are in the statistics that scale them: a small bias, which fades.
             rollout = gather(stack(steps, device))
             if args.norm_reward:
                 rollout = rollout._replace(reward=agent.reward_scaler(rollout.reward, rollout.done))
@@ -576,7 +576,7 @@ def seed_for(*numbers: int) -> int:
 
 
 def reset(envs: gym.vector.SyncVectorEnv, *numbers: int, rank: int = 0) -> np.ndarray:
-    """Resets the environments and seeds every generator from seed and step: a resumed run sees what any other saw."""
+    """Resets the environments and seeds every generator: a resumed run goes on as one that was never stopped."""
     seed = seed_for(*numbers)
     random.seed(seed)
     np.random.seed(seed)
@@ -608,7 +608,7 @@ def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[st
 
 
 def write_file(path: Path, content: str | dict) -> None:
-    """Writes text, or a dict with torch.save, aside and renames it: `path` is never a part of a file."""
+    """Writes text, or a dict with torch.save, aside and renames it: `path` never holds half a file."""
     if not first():
         return
     part = path.with_name(path.name + ".part")

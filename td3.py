@@ -71,13 +71,13 @@ from tqdm import tqdm
 class Args:
     env_id: str = "Pendulum-v1"  # Gymnasium's id of the environment; `module:Id` imports the module first
     seed: int = 1  # seed of every random generator
-    total_timesteps: int = 20_000  # steps, rounded up to whole iterations; each is one transition of one environment
+    total_timesteps: int = 20_000  # steps, each a transition of one environment; rounded up to whole iterations
     num_envs: int = 1  # environments that step together
     learning_rate: float = 1e-3  # step size of the actor
     gamma: float = 0.99  # discount factor
     device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"  # where to train; auto takes a GPU if there is one
-    num_threads: int = 1  # CPU threads of torch; one is fastest for small networks, or with a run on every core
-    onednn: bool = True  # where it is exact, multiply matrices with oneDNN: faster with AVX-512 if they are wide
+    num_threads: int = 1  # CPU threads of torch; one is fastest for small networks, or if every core has a run
+    onednn: bool = True  # multiply matrices with oneDNN where it stays float32: faster with AVX-512, if they are wide
     compile: bool = False  # compile the loss and its gradient with torch.compile; on the CPU needs a C++ compiler
     track: bool = False  # log to Weights & Biases as well (WANDB_MODE=offline works)
     wandb_project_name: str = "rungs"  # project on Weights & Biases
@@ -97,7 +97,7 @@ class Args:
     train_frequency: int = 1  # steps between two turns of learning
     gradient_steps: int = 1  # updates in a turn of learning
     batch_size: int = 256  # transitions in an update
-    tau: float = 0.005  # how far a target network moves towards its network at each update; 1 copies it
+    tau: float = 0.005  # how far a target network moves towards its network when it is updated; 1 copies it
     q_lr: float = 1e-3  # step size of Q
     exploration_noise: float = 0.1  # standard deviation of the noise on actions, in units where bounds are +-1
     policy_frequency: int = 2  # d: updates of the critics for one of the policy and the target networks
@@ -192,13 +192,13 @@ def as_floats(obs: Tensor) -> Tensor:
 
 
 class ReplayBuffer:
-    """The last transitions: a ring of preallocated tensors on the training device."""
+    """The most recent transitions: a ring of preallocated tensors on the training device."""
 
     def __init__(self, envs: gym.vector.VectorEnv, size: int, device: torch.device):
         """A ring of `size` transitions, or of `num_envs` if that is more."""
         self.size, self.added = max(size, envs.num_envs), 0
         obs_space, action_space = envs.single_observation_space, envs.single_action_space
-        obs = (math.prod(obs_space.shape),), torch.uint8 if obs_space.dtype == np.uint8 else torch.float32
+        obs = (math.prod(obs_space.shape),), (torch.uint8 if obs_space.dtype == np.uint8 else torch.float32)
         discrete = isinstance(action_space, gym.spaces.Discrete)
         action = ((), torch.int64) if discrete else ((math.prod(action_space.shape),), torch.float32)
         kinds = Transitions(obs, action, ((), torch.float32), obs, ((), torch.bool))  # the shape and dtype of each
@@ -241,7 +241,7 @@ class ReplayBuffer:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that are free on a GPU, or that the machine has."""
+    """Bytes that are free on a GPU, or all that the machine has."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
@@ -501,7 +501,7 @@ def seed_for(*numbers: int) -> int:
 
 
 def reset(envs: gym.vector.SyncVectorEnv, *numbers: int, rank: int = 0) -> np.ndarray:
-    """Resets the environments and seeds every generator from seed and step: a resumed run sees what any other saw."""
+    """Resets the environments and seeds every generator: a resumed run goes on as one that was never stopped."""
     seed = seed_for(*numbers)
     random.seed(seed)
     np.random.seed(seed)
@@ -533,7 +533,7 @@ def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[st
 
 
 def write_file(path: Path, content: str | dict) -> None:
-    """Writes text, or a dict with torch.save, aside and renames it: `path` is never a part of a file."""
+    """Writes text, or a dict with torch.save, aside and renames it: `path` never holds half a file."""
     if not first():
         return
     part = path.with_name(path.name + ".part")

@@ -301,7 +301,7 @@ MUTATIONS = [
     Mutation(
         "the last step of an episode is lost",
         "*",
-        "rollout.done.cumsum(0) - rollout.done.long() == 0",
+        "rollout.done.cumsum(0) == rollout.done",
         "rollout.done.cumsum(0) == 0",
     ),
     Mutation("later episodes count as well", "reinforce.py", "[x[played] for x in (", "[x.flatten(0, 1) for x in ("),
@@ -475,8 +475,8 @@ MUTATIONS = [
         ".gather(-1, batch.action.unsqueeze(-1)).squeeze(-1)",
         ".max(-1).values",
     ),
-    Mutation("DQN: dueling mean over the batch", "dqn.py", "q.mean(-1, keepdim=True)", "q.mean(0, keepdim=True)"),
-    Mutation("DQN: dueling without the mean", "dqn.py", " + q - q.mean(-1, keepdim=True)", " + q"),
+    Mutation("DQN: dueling mean over the batch", "dqn.py", "advantage.mean(-1, keepdim", "advantage.mean(0, keepdim"),
+    Mutation("DQN: dueling without the mean", "dqn.py", " - advantage.mean(-1, keepdim=True)", ""),
     Mutation("DQN: Huber loss with the delta of torch", "dqn.py", ", delta=args.huber_delta)", ")"),
     Mutation(
         "DQN: epsilon falls on and on",
