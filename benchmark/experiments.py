@@ -84,7 +84,7 @@ def classic(seeds: int = 10) -> list[Experiment]:
     ppo_pendulum = "--gamma 0.95 --gae-lambda 0.9 --init-log-std 0 --learning-rate 1e-3 --num-steps 256 "
     ppo_pendulum += "--update-epochs 10 --num-minibatches 16"
     # Random actions reach the goal in 0.3 % of the episodes if they are uniform, in 7 % if most lie at a bound.
-    wide = "--init-log-std 1"
+    wide, strong_noise = "--init-log-std 1", "--exploration-noise 3 --train-frequency 8"
     ppo_car = "--num-envs 1 --num-steps 512 --update-epochs 10 --num-minibatches 8 --learning-rate 3e-4"
     a2c_pendulum = "--num-envs 8 --num-steps 8 --gae-lambda 0.9 --gamma 0.95 --init-log-std 0 --learning-rate 1e-3"
     rows = [
@@ -109,8 +109,8 @@ def classic(seeds: int = 10) -> list[Experiment]:
         ("reinforce", "MountainCarContinuous-v0", 100_000, wide, "ours"),
         ("a2c", "MountainCarContinuous-v0", 100_000, f"--num-envs 4 --num-steps 100 {wide}", "ours, near RL Zoo"),
         ("ppo", "MountainCarContinuous-v0", 20_000, f"{ppo_car} {wide}", "ours"),
-        ("ddpg", "MountainCarContinuous-v0", 300_000, "--exploration-noise 3 --train-frequency 8", "ours"),
-        ("td3", "MountainCarContinuous-v0", 300_000, "--exploration-noise 3 --train-frequency 8", "ours"),
+        ("ddpg", "MountainCarContinuous-v0", 300_000, f"{strong_noise} --learning-rate 1e-4", "ours"),
+        ("td3", "MountainCarContinuous-v0", 300_000, strong_noise, "ours"),
         ("sac", "MountainCarContinuous-v0", 50_000, zoo_sac_car, "after RL Zoo"),
     ]
     return [Experiment("classic", *row, seeds) for row in rows]

@@ -379,7 +379,7 @@ def spread(values: Iterable[float], form: str) -> str:
 
 
 def draw(speeds: dict[tuple, dict[int, float]], path: Path) -> None:
-    """A bar chart: each runner's median steps per second over those of Stable-Baselines3, with the range."""
+    """A bar chart: how many times as fast as Stable-Baselines3 each runner is, median over the pairs and range."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -391,15 +391,15 @@ def draw(speeds: dict[tuple, dict[int, float]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(1.6 * len(cases) + 2, 4), layout="constrained")
     for offset, (runner, about) in enumerate(RUNNERS.items()):
         for place, case in enumerate(cases):
-            unit = statistics.median((best_of(speeds, case, "sb3") or best_of(speeds, case, "rungs"))[1].values())
-            if best := best_of(speeds, case, runner):
-                heights = [value / unit for value in best[1].values()]
+            unit = best_of(speeds, case, "sb3") or best_of(speeds, case, "rungs")
+            best = best_of(speeds, case, runner)
+            if best and (heights := ratios(best[1], unit[1])):
                 middle = statistics.median(heights)
                 error = [[middle - min(heights)], [max(heights) - middle]]
                 x = place + 0.2 * (offset - 1.5)
                 axes.bar(x, middle, 0.19, yerr=error, color=f"C{offset}", label=about if place == 0 else None)
     axes.set_xticks(range(len(cases)), cases, rotation=20, ha="right")
-    axes.set_ylabel("steps/s relative to Stable-Baselines3")
+    axes.set_ylabel("times as fast as Stable-Baselines3")
     axes.axhline(1, color="black", linewidth=0.5)
     figure.legend(loc="outside upper center", ncols=len(RUNNERS))
     figure.savefig(path, dpi=150)

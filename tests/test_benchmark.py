@@ -529,6 +529,8 @@ def test_figures_and_tables(plot, tmp_path, capsys):
     one = plot.load(plot.Options(tables=tmp_path)).query("env_id == 'Hopper-v5' and script == 'sac' and seed == 11")
     single = plot.results_table(one, plot.pd.read_csv(plot.Options().published))
     assert "| 5,011 | 11 |" in single and "settings were chosen" not in single
+    bad = plot.pd.read_csv(plot.Options().published).assign(return_mean=plot.ENVIRONMENTS["Hopper-v5"][1] - 1)
+    assert "**" not in plot.results_table(plot.load(plot.Options(tables=tmp_path)).query("env_id == 'Hopper-v5'"), bad)
     assert "| sac | 1.00 (1.00 to 1.00) | 3 |" in text and "| sac > td3 | 1.00 (1.00 to 1.00) |" in text
     for name in ("curves-mujoco.png", "published.png", "variants.png"):
         assert (tmp_path / "figures" / name).stat().st_size > 10_000
@@ -803,6 +805,13 @@ def test_ratios_are_those_of_one_pair(tmp_path, capsys):
     assert speed.ratios(*(speed.best_of(speeds, "dqn-CartPole", runner)[1] for runner in ("rungs", "sb3"))) == [2, 4]
     speed.report(speeds)
     assert "| dqn-CartPole | Stable-Baselines3 | 1 | 10 (5–15) | 3.00 (2.00–4.00) |" in capsys.readouterr().out
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    speed.draw(speeds, tmp_path / "speed.png")
+    (axes,) = pyplot.gcf().axes
+    assert [bar.get_height() for bar in axes.patches] == [3, 1]
+    ranges = [lines.get_paths()[0].vertices[:, 1].tolist() for lines in axes.collections]
+    assert ranges == [[2, 4], [1, 1]]
+    pyplot.close()
 
 
 def test_speeds_of_several_machines_do_not_mix(tmp_path):
