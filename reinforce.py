@@ -323,14 +323,14 @@ def reinforce_gradients(agent: Agent, args: Args, batch: list[Tensor]) -> dict[s
 def reinforce_update(agent, optimizer, rollout: Rollout, args: Args, gradients=reinforce_gradients) -> dict[str, float]:
     """Takes one Adam step, with the first episode of each environment; returns what the loss logs."""
     played = rollout.done.cumsum(0) == rollout.done  # no earlier step ended an episode
-    value = next_value = torch.zeros_like(rollout.reward)
+    baseline = next_value = torch.zeros_like(rollout.reward)
     if args.baseline == "value":
         with torch.no_grad():
-            value, next_value = agent.value(torch.stack([rollout.obs, rollout.next_obs]))  # at once: fewer calls
+            baseline, next_value = agent.value(torch.stack([rollout.obs, rollout.next_obs]))  # at once: fewer calls
     target = reward_to_go(rollout, next_value, args.gamma)  # G_t
-    baseline = mean_of_others(target, played) if args.baseline == "mean" else value  # b_t, 0 with "none"
-    advantage = target - baseline
-    batch = [x[played] for x in (rollout.obs, rollout.action, target, advantage)]
+    if args.baseline == "mean":
+        baseline = mean_of_others(target, played)
+    batch = [x[played] for x in (rollout.obs, rollout.action, target, target - baseline)]
     optimizer.zero_grad()
     log = gradients(agent, args, batch)
     optimizer.step()

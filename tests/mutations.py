@@ -305,7 +305,7 @@ MUTATIONS = [
         "rollout.done.cumsum(0) == 0",
     ),
     Mutation("later episodes count as well", "reinforce.py", "[x[played] for x in (", "[x.flatten(0, 1) for x in ("),
-    Mutation("the baseline is added", "reinforce.py", "advantage = target - baseline", "advantage = target + baseline"),
+    Mutation("the baseline is added", "reinforce.py", "target - baseline)]", "target + baseline)]"),
     Mutation(
         "REINFORCE averages over steps", "reinforce.py", "* advantage).sum() / args.num_envs", "* advantage).mean()"
     ),
@@ -313,8 +313,8 @@ MUTATIONS = [
     Mutation(
         "the gradient of the policy's loss goes through the baseline",
         "reinforce.py",
-        "        with torch.no_grad():\n            value, next_value",
-        "        value, next_value",
+        "        with torch.no_grad():\n            baseline, next_value",
+        "        baseline, next_value",
     ),
     Mutation(
         "a batch ends with its first episode", "reinforce.py", "exchange(waiting.any())", "exchange(waiting.all())"

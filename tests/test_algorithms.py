@@ -250,6 +250,7 @@ def test_reinforce_judges_the_steps_of_first_episodes_by_return_minus_baseline(b
     seen = []
 
     def spy(agent, args, batch):
+        assert not any(x.requires_grad for x in batch)
         for obs, action, target, advantage in zip(*batch):
             seen.append(obs[0].item())
             torch.testing.assert_close(torch.stack([action, advantage, target]), torch.stack(expected[seen[-1]]))
@@ -541,6 +542,7 @@ def test_ppo_update_hands_on_what_belongs_together(norm_adv):
     row_of = {row[0].item(): i for i, row in enumerate(rollout.obs.flatten(0, 1))}
 
     def spy(agent, args, minibatch):
+        assert not any(x.requires_grad for x in minibatch)
         obs, action, old_log_prob, old_value, target, a = minibatch
         rows = [row_of[x.item()] for x in obs[:, 0]]
         own = advantage[rows].numpy()
@@ -591,6 +593,7 @@ def test_a2c_update_hands_on_what_belongs_together():
     calls = []
 
     def spy(agent, args, batch):
+        assert not any(x.requires_grad for x in batch)
         torch.testing.assert_close(batch, expected)
         calls.append(1)
         return a2c.a2c_gradients(agent, args, batch)

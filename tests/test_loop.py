@@ -234,9 +234,11 @@ class Spy:
             spy.updates.append((spy.turns, rest))
             return update(agent, *rest)
 
-        def spy_polyak(*rest):
+        def spy_polyak(target, source, tau):
+            trained = [any(p.requires_grad for p in network.parameters()) for network in (target, source)]
+            assert trained == [False, True], "the target network follows, not the other way round"
             spy.polyak.append(spy.turns)
-            return polyak(*rest)
+            return polyak(target, source, tau)
 
         monkeypatch.setattr(module.ReplayBuffer, "add", spy_add)
         monkeypatch.setattr(module.Agent, "act", spy_act)
