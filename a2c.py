@@ -39,7 +39,6 @@ import random
 import re
 import signal
 import sys
-import threading
 import time
 import warnings
 import zipfile
@@ -506,18 +505,17 @@ def accelerated(function, args: Args, device: torch.device):
             return {name: x.clone() for name, x in graph(*inputs).items()}
 
     cpu = torch.cpu.get_capabilities()
-    exact = cpu.get("avx512_bf16", False) and not cpu.get("amx_bf16", False)  # "bf16" rounds on AMX only; else float32
+    exact = cpu.get("avx512_bf16") and not cpu.get("amx_bf16")  # "bf16" rounds on AMX only; else it stays float32
     if not (args.onednn and exact and device.type == "cpu"):
         return function
-    products = torch.backends.mkldnn.matmul
 
     def with_onednn(*inputs):
         """The same, with oneDNN for the time that it takes."""
-        products.fp32_precision = "bf16"  # the name of the switch to oneDNN; here it stays float32
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # the name of the switch; here it stays float32
         try:
             return function(*inputs)
         finally:  # products of a few rows, as to act, are faster without
-            products.fp32_precision = "none"
+            torch.backends.mkldnn.matmul.fp32_precision = "none"
 
     return with_onednn
 
@@ -546,8 +544,7 @@ def make_envs(args: Args, num_envs: int, video: Path | None = None) -> gym.vecto
         env = gym.wrappers.RecordEpisodeStatistics(env)
         if film:
             with warnings.catch_warnings(action="ignore"):  # that the folder has films already
-                folder, name = str(video.parent), video.name
-                env = gym.wrappers.RecordVideo(env, folder, lambda episode: episode == 0, name_prefix=name)
+                env = gym.wrappers.RecordVideo(env, video.parent, lambda episode: episode == 0, name_prefix=video.name)
         return env if len(space.shape) == 1 else gym.wrappers.FlattenObservation(env)
 
     spec, about = gym.registry.get(args.env_id), f"--env-id {args.env_id}"
@@ -560,24 +557,17 @@ def make_envs(args: Args, num_envs: int, video: Path | None = None) -> gym.vecto
         envs = gym.vector.SyncVectorEnv(fns, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
         if args.capture_video and video is None:  # can it be filmed at all? better to know before the training
             about = f"--capture-video: {args.env_id} cannot be rendered to rgb_array here"
-            with warnings.catch_warnings(action="ignore"):
-                env = gym.make(args.env_id, render_mode="rgb_array")
-            env.reset()
-            require(isinstance(env.render(), np.ndarray), about)
-            env.close()
+            with warnings.catch_warnings(action="ignore"), gym.make(args.env_id, render_mode="rgb_array") as env:
+                env.reset()
+                require(isinstance(env.render(), np.ndarray), about)
         return envs
     except Exception as error:
         fail(f"{about}: {error}")
 
 
-def seed_for(*numbers: int) -> int:
-    """A seed of 32 bits made of several numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
 def reset(envs: gym.vector.SyncVectorEnv, *numbers: int, rank: int = 0) -> np.ndarray:
     """Resets the environments and seeds every generator: a resumed run goes on as one that was never stopped."""
-    seed = seed_for(*numbers)
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])  # 32 bits, made of all the numbers
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -656,8 +646,8 @@ def load_run(args: Args) -> tuple[Args, dict]:
         args = replace(old, **given)
     same = (args.env_id, args.seed) == (old.env_id, old.seed)
     require(same, f"{where} that is a run with --env-id {old.env_id} --seed {old.seed}")
-    finished = name == "agent.pt" and args.total_timesteps <= saved["step"]
-    require(name == "checkpoint.pt" or finished, f"{where} finished, without a checkpoint to go on from")
+    possible = name == "checkpoint.pt" or args.total_timesteps <= saved["step"]  # without, it only evaluates
+    require(possible, f"{where} finished, without a checkpoint to go on from")
     return args, saved
 
 
@@ -667,31 +657,28 @@ class Run:
     def __init__(self, args: Args, saved: dict, **states):
         """`states` are the modules and optimizers that make a checkpoint; those in `saved` are loaded."""
         self.args, self.states, self.step = args, states, saved["step"]
-        script, now = Path(__file__).stem, datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-        name = re.sub(r"[^\w.-]+", "-", f"{args.env_id}__{script}__{args.seed}__{now}")
+        script = Path(__file__).stem
+        name = re.sub(r"[^\w.-]+", "-", f"{args.env_id}__{script}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}")
         self.folder = Path(args.resume or Path(args.runs_dir, exchange(name)[0]))
         try:
             for name, state in saved["states"].items():
-                made = [dict(group) for group in getattr(states[name], "param_groups", ())]
+                if "param_groups" in state:  # an optimizer: the flags of this run, not those of the checkpoint
+                    state["param_groups"] = states[name].state_dict()["param_groups"]
                 states[name].load_state_dict(state)
-                for group, given in zip(getattr(states[name], "param_groups", ()), made):
-                    group.update(given)  # the flags of this run, not those of the checkpoint
         except Exception as error:
             fail(f"--resume {self.folder}: the checkpoint does not fit: {error}")
         saved["states"].clear()  # or a second replay buffer would stay in memory
         self.wandb = self.start_wandb() if args.track and first() else None
         flags = {"script": script} | asdict(args) | {"resume": ""}
         try:
-            if first():
-                self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
+            self.folder.mkdir(parents=True, exist_ok=True)
             write_file(self.folder / "args.json", json.dumps(flags, indent=2))
             self.metrics = open(self.folder / "metrics.jsonl" if first() else os.devnull, "ab", buffering=0)
-            if first():  # what came after the checkpoint will be done again
-                with open(self.metrics.name, "rb") as file:
-                    rows = re.finditer(rb'"global_step": (\d+).*\n', file.read(self.metrics.tell()))
-                kept = max((row.end() for row in rows if int(row[1]) <= self.step), default=0)
-                if kept < self.metrics.tell():
-                    self.metrics.seek(self.metrics.truncate(kept))
+            with open(self.metrics.name, "rb") as file:
+                rows = re.finditer(rb'"global_step": (\d+).*\n', file.read(self.metrics.tell()))
+            kept = max((row.end() for row in rows if int(row[1]) <= self.step), default=0)
+            if kept < self.metrics.tell():  # what came after the checkpoint will be done again
+                self.metrics.seek(self.metrics.truncate(kept))
         except OSError as error:
             fail(f"the run's folder cannot be written: {error}")
         start, end = min(self.step, args.total_timesteps), args.total_timesteps
@@ -725,23 +712,19 @@ class Run:
 
     def __enter__(self):
         self.signal, self.handlers = None, {}
-        if threading.current_thread() is threading.main_thread():
+        with suppress(ValueError):  # only the main thread may do that
             self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def on_signal(self, number: int, frame) -> None:
-        """Ctrl-C and SIGTERM end the run after this iteration; a second one ends it at once."""
+        """Ctrl-C and SIGTERM end the run after this iteration; the same a second time ends it at once."""
         self.signal = number
         if not dist.is_initialized():  # torchrun passes on a signal that may have come here already
-            self.restore_handlers()
-
-    def restore_handlers(self) -> None:
-        """Gives the signals back to whoever had them before the run."""
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, self.handlers[number])
 
     def __exit__(self, kind, error, traceback) -> None:
-        self.restore_handlers()
+        for number, handler in self.handlers.items():  # back to whoever had them before the run
+            signal.signal(number, handler)
         self.bar.close()
         self.metrics.close()
         if self.wandb:
@@ -827,14 +810,14 @@ class Run:
         if self.args.eval_episodes == 0 or not first():
             return
         video = self.folder / "videos" / f"step-{self.step}" if self.args.capture_video else None
-        row = {"global_step": self.step} | evaluate(self.states["agent"], self.args, video)
-        self.log(row)
+        evaluation = evaluate(self.states["agent"], self.args, video)
+        self.log({"global_step": self.step} | evaluation)
         if self.wandb and video:
             import wandb
 
-            film = wandb.Video(str(video.parent / f"{video.name}-episode-0.mp4"), format="mp4")
+            film = wandb.Video(f"{video}-episode-0.mp4", format="mp4")
             self.to_wandb(self.wandb.log, {"global_step": self.step, "eval/video": film})
-        mean, std, episodes = (row[f"eval/{name}"] for name in ("episodic_return", "episodic_return_std", "episodes"))
+        mean, std, episodes = evaluation.values()
         with suppress(OSError, UnicodeError):  # a reader who has left, or has no ±, is no reason to stop
             tqdm.write(f"Evaluation at step {self.step:,}: return {mean:.1f} ± {std:.1f} over {episodes} episodes")
 

@@ -796,7 +796,12 @@ MUTATIONS = [
         "        env.unwrapped.observation_space.seed(seed + index)\n",
         "        pass\n",
     ),
-    Mutation("seed and step added up", "*", "seed = seed_for(*numbers)", "seed = sum(numbers)"),
+    Mutation(
+        "seed and step added up",
+        "*",
+        "seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])",
+        "seed = sum(numbers)",
+    ),
     Mutation("the first weights have no seed", "*", "    torch.manual_seed(args.seed)\n", ""),
     Mutation(
         "autoreset in the step after", "*", "gym.vector.AutoresetMode.SAME_STEP", "gym.vector.AutoresetMode.NEXT_STEP"
@@ -813,7 +818,7 @@ MUTATIONS = [
         "evaluation draws what the training left",
         "*",
         "reset(envs, args.seed, 0, 1)",
-        "envs.reset(seed=seed_for(args.seed, 0, 1))[0]",
+        "envs.reset(seed=int(np.random.SeedSequence((args.seed, 0, 1)).generate_state(1)[0]))[0]",
     ),
     Mutation("evaluation rewinds the generator of the GPU", "*", "fork_rng(gpu)", "fork_rng([])"),
     Mutation("the buffer is copied at the end", "*", 'else ["agent"] if finished', "else self.states if finished"),
@@ -869,7 +874,7 @@ MUTATIONS = [
         "                states[name].load_state_dict(state)\n",
         '                if name in ("agent", "buffer"):\n                    states[name].load_state_dict(state)\n',
     ),
-    Mutation("the flags of the checkpoint win", "*", "group.update(given)  # the flags", "pass  # the flags"),
+    Mutation("the flags of the checkpoint win", "*", 'if "param_groups" in state:  # an', "if False:  # an"),
     Mutation("rows after the checkpoint stay", "*", "self.metrics.truncate(kept)", "self.metrics.tell()"),
     Mutation(
         "a checkpoint without the optimizer",
@@ -908,7 +913,7 @@ MUTATIONS = [
     Mutation(
         "a second signal waits as well",
         "*",
-        "            self.restore_handlers()\n",
+        "            signal.signal(number, self.handlers[number])\n",
         "            pass\n",
     ),
     Mutation("rows at multiples of log_every only", "*", "step // every > self.step // every", "step % every == 0"),
