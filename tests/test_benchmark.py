@@ -794,18 +794,27 @@ def test_a_profile_adds_up_the_time_of_each_part(monkeypatch):
     assert seconds == dict.fromkeys(speed.PARTS, 0.0) | {"acting": 5.0}
 
 
-def test_ratios_are_those_of_one_pair(tmp_path, capsys):
-    """Also where a run of a pair failed."""
+def three_pairs(folder: Path):
+    """The speed tool and the speeds of three pairs, of which one lacks our run."""
     speed = module("speed")
     runs = [("rungs", 0, 20.0), ("sb3", 0, 10.0), ("sb3", 1, 5.0), ("rungs", 2, 60.0), ("sb3", 2, 15.0)]
     for runner, pair, steps in runs:
         row = dict(case="dqn-CartPole", runner=runner, threads=1, num_envs=0, width=0, pair=pair, speed=steps)
-        speed.append(tmp_path / "speed.csv", speed.FIELDS, row)
-    speeds = speed.read(tmp_path / "speed.csv")
+        speed.append(folder / "speed.csv", speed.FIELDS, row)
+    return speed, speed.read(folder / "speed.csv")
+
+
+def test_ratios_are_those_of_one_pair(tmp_path, capsys):
+    """Also where a run of a pair failed."""
+    speed, speeds = three_pairs(tmp_path)
     assert speed.ratios(*(speed.best_of(speeds, "dqn-CartPole", runner)[1] for runner in ("rungs", "sb3"))) == [2, 4]
     speed.report(speeds)
     assert "| dqn-CartPole | Stable-Baselines3 | 1 | 10 (5–15) | 3.00 (2.00–4.00) |" in capsys.readouterr().out
+
+
+def test_bars_are_ratios_of_pairs(tmp_path):
     pyplot = pytest.importorskip("matplotlib.pyplot")
+    speed, speeds = three_pairs(tmp_path)
     speed.draw(speeds, tmp_path / "speed.png")
     (axes,) = pyplot.gcf().axes
     assert [bar.get_height() for bar in axes.patches] == [3, 1]
