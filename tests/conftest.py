@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 import tyro
+from hypothesis import HealthCheck, settings
 
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # it may stall
+settings.load_profile("any machine")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of torch, before it is imported: `-n 2` has a process on each core
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("reinforce", "a2c", "ppo", "dqn", "ddpg", "td3", "sac")
