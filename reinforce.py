@@ -372,7 +372,7 @@ def train(args: Args) -> Path:
                 run.count_episodes(infos, waiting)
                 obs = next_obs
                 waiting &= ~done
-            done[waiting] = True  # in steps[-1] too: the same array
+            done[waiting] = True  # cut off by the end of the training; in steps[-1] too, it is the same array
             step += args.num_envs * len(steps)
 
             # Learn from these steps. Their rewards are in the statistics that scale them: a small bias, which fades.
