@@ -3,8 +3,8 @@
     python benchmark/collect.py runs/benchmark     # into benchmark/results.csv and benchmark/curves.csv
 
 A row that is in the tables already stays, unless its seed was run again. Where the runs of a cell (script, environment,
-steps, variant) have other settings than its rows, --replace puts them in the place of the rows. Runs on the seeds on
-which settings were chosen are left out.
+steps, variant) have other settings than its rows, --replace puts them in the place of the rows. Runs of run.py on the
+seeds on which settings were chosen are left out.
 """
 
 import csv
@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,11 +118,16 @@ def settings_of_cells(runs: list[dict]) -> dict[tuple, str]:
 
 def keep_newest(runs: list[dict]) -> list[dict]:
     """Of the runs, oldest first, those with the settings that their cell had last, and of each seed the last."""
-    settings, kept = settings_of_cells(runs), {}
+    settings, kept, others = settings_of_cells(runs), {}, Counter()
     for run in runs:
         cell = tuple(str(run[name]) for name in CELL)
         if run["settings"] == settings[cell]:
             kept[*cell, str(run["seed"])] = run
+        else:
+            others[cell] += 1
+    for cell, count in others.items():
+        runs_of = f"{count} run{'s' if count > 1 else ''} of {' '.join(filter(None, cell))}"
+        print(f"left out: {runs_of} with other settings than the newest", file=sys.stderr)
     return list(kept.values())
 
 
@@ -139,14 +145,19 @@ def read_folder(runs_dir: Path, tuning: bool = False) -> list[dict]:
 
 
 def read_tables(folder: Path) -> list[dict]:
-    """The runs in results.csv and curves.csv; none if they aren't there."""
+    """The runs in results.csv and curves.csv; none if neither is there."""
     tables = []
     for name in ("results.csv", "curves.csv"):
-        if not (folder / name).exists():
-            return []
-        with (folder / name).open(newline="") as file:
-            tables.append({tuple(row[key] for key in (*CELL, "seed")): row for row in csv.DictReader(file)})
+        try:
+            with (folder / name).open(newline="") as file:
+                tables.append({tuple(row[key] for key in (*CELL, "seed")): row for row in csv.DictReader(file)})
+        except FileNotFoundError:
+            tables.append({})
+        except KeyError as error:
+            fail(f"{folder / name} has no column {error}")
     results, curves = tables
+    if results.keys() != curves.keys():  # one is missing or was cut off; writing would lose what the other has
+        fail(f"results.csv and curves.csv in {folder} are not of the same runs; restore them from git")
     return [row | {"curve": [curves[key][str(k)] for k in range(1, POINTS + 1)]} for key, row in results.items()]
 
 
@@ -157,11 +168,14 @@ def write_tables(folder: Path, runs: list[dict]) -> None:
         runs, key=lambda run: (run["script"], run["env_id"], int(run["steps"]), run["variant"], int(run["seed"]))
     )
     runs = [run | {str(k): x for k, x in enumerate(run["curve"], 1)} for run in runs]
-    for name, fields in (("results.csv", RESULT), ("curves.csv", CURVE)):
-        with (folder / name).open("w", newline="") as file:
+    tables = {"results.csv": RESULT, "curves.csv": CURVE}
+    for name, fields in tables.items():
+        with (folder / f"{name}.part").open("w", newline="") as file:
             writer = csv.DictWriter(file, fields, extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
             writer.writerows(runs)
+    for name in tables:  # when both are written whole
+        (folder / f"{name}.part").replace(folder / name)
 
 
 def main(options: Options) -> None:
@@ -173,6 +187,11 @@ def main(options: Options) -> None:
     gone = [" ".join(filter(None, cell)) for cell, old in settings_of_cells(rows).items() if now[cell] != old]
     if gone and not options.replace:
         fail(f"the runs have other settings than the rows of {', '.join(gone)}; --replace puts them in their place")
+    before = {tuple(str(row[key]) for key in (*CELL, "seed")): float(row["return"]) for row in rows}
+    for run in runs:
+        *cell, seed = key = tuple(str(run[name]) for name in (*CELL, "seed"))
+        if before.get(key, run["return"]) != run["return"]:
+            print(f"{' '.join(filter(None, cell))} seed {seed}: {run['return']} in the place of {before[key]}")
     merged = keep_newest(rows + runs)
     write_tables(options.out, merged)
     print(f"{len(runs)} finished runs in {options.runs_dir}, {len(merged)} in {options.out / 'results.csv'}")

@@ -291,7 +291,7 @@ def results_table(results: pd.DataFrame, published: pd.DataFrame) -> str:
         name = f"{script}: `{variant}`" if variant else script
         lines.append(f"| {env_id} | {name} | {steps:,} | {text} | {seeds} | {theirs} | {source} |")
     if set(results["seed"]) & set(CHOOSE):
-        lines += ["", "\\* among these are the seeds on which the settings were chosen."]
+        lines += ["", f"\\* among these are seeds of {ranges(CHOOSE)}, on which the settings of the grid were chosen."]
     return "\n".join(lines)
 
 
@@ -319,7 +319,8 @@ def scores_of(runs: pd.DataFrame) -> dict[tuple, dict[str, np.ndarray]]:
 
     Those are scripts of one side of the family on all environments of a suite that two of them share; the key has the
     suite, the side and the environments. 1 is the best mean among the scripts of the group. Where a script has several
-    budgets on an environment, the smallest counts, if it has FEWEST seeds.
+    budgets on an environment, the smallest counts, if it has FEWEST seeds. Where a script has more seeds on one
+    environment than on another, the last ones count: some of the first had a say in the settings.
     """
     runs = runs[(runs["variant"] == "") & runs["env_id"].isin(ENVIRONMENTS)]
     runs = runs[runs["steps"] == runs.groupby(["script", "env_id"])["steps"].transform("min")]
@@ -339,7 +340,7 @@ def scores_of(runs: pd.DataFrame) -> dict[tuple, dict[str, np.ndarray]]:
             span = np.max([[x.mean() for x in cells] for cells in group.values()], axis=0) - zero
             for script, cells in group.items():
                 fewest = min(map(len, cells))
-                scores = np.stack([x[:fewest] for x in cells], axis=1)
+                scores = np.stack([x[-fewest:] for x in cells], axis=1)
                 group[script] = (scores - zero) / np.where(span > 0, span, 1)
             groups[suite, side, env_ids] = group
     return groups
@@ -379,9 +380,9 @@ def aggregates(runs: pd.DataFrame, reps: int) -> str:
         lines = [
             "Scores: 0 is a random policy, 1 the best mean return among the scripts compared, each after its smallest",
             "number of steps in the table. Those differ, up to tenfold: this compares scripts with their settings, not",
-            "algorithms at the same cost. Of each cell as many seeds count as the script's smallest cell has. IQM is",
-            "the mean of the middle half of the scores, the probability of improvement that of a run to beat one of",
-            "the other script ([rliable](https://arxiv.org/abs/2108.13264)).",
+            "algorithms at the same cost. Of each cell as many seeds count, the last ones, as the script's smallest",
+            "cell has. IQM is the mean of the middle half of the scores, the probability of improvement that of a run",
+            "to beat one of the other script ([rliable](https://arxiv.org/abs/2108.13264)).",
             "",
         ] + lines
     return "\n".join(lines)

@@ -75,7 +75,7 @@ class Job(NamedTuple):
     @property
     def title(self) -> str:
         variant = self.about["variant"] and f" ({self.about['variant']})"
-        return f"{self.script} {self.about['env_id']}{variant} seed {self.about['seed']}"
+        return f"{self.script} {self.about['env_id']} {self.about['steps']:,} steps{variant} seed {self.about['seed']}"
 
 
 def settings_of(script: str, flags: list[str], edits: tuple = ()) -> tuple[int, str]:
@@ -200,13 +200,17 @@ def execute(job: Job, stop: threading.Event) -> str:
             return "busy"
         if finish(folder):
             return "done"
-        (folder / "run.json").write_text(json.dumps(job.about | made_with(job.script), indent=2))
+        saved = [*folder.glob("*/checkpoint.pt"), *folder.glob("*/agent.pt")]
+        made, before = made_with(job.script), read_json(folder / "run.json") if saved else {}
+        for name, now in made.items():
+            if name in before:  # a run that goes on with another commit or elsewhere has both
+                made[name] = before[name] if before[name].endswith(now) else f"{before[name]}, then {now}"
+        (folder / "run.json").write_text(json.dumps(job.about | made, indent=2))
         script = ROOT / f"{job.script}.py"
         if job.edits:
             script = folder / script.name
             script.write_text(edited(job.script, job.edits))
         command = [sys.executable, str(script), *job.command]
-        saved = [*folder.glob("*/checkpoint.pt"), *folder.glob("*/agent.pt")]
         if saved:
             newest = max(saved, key=lambda path: path.stat().st_mtime).parent
             command += ["--resume", f"{folder.name}/{newest.name}"]
@@ -265,7 +269,7 @@ class Table:
         lines = []
         for job in running:
             if (step := progress(job)) is not None:
-                lines.append(f"  {job.title:50} {step:>12,} of {job.about['steps']:,}")
+                lines.append(f"  {job.title:60} {step:>12,}")
         left = Counter(job.title.split(" seed ")[0] for job in waiting)
         all_jobs = {"running": running, "waiting": waiting} | ended
         counts = ", ".join(f"{len(jobs)} {name}" for name, jobs in all_jobs.items() if jobs)
@@ -321,10 +325,12 @@ def fill_ray(jobs: list[Job], options: Options, stop: threading.Event) -> dict:
         import ray
     except ImportError:
         fail("--ray needs Ray: pip install ray")
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=options.ray, log_to_driver=False, logging_level="ERROR")
     except Exception as error:
         fail(f"--ray {options.ray}: {str(error).splitlines()[0]}")
+    signal.signal(signal.SIGTERM, handler)  # Ray has put its own there, which stops no run in order
 
     # A task whose machine or worker dies is tried again elsewhere, and goes on from the run's checkpoint.
     @ray.remote(num_cpus=options.cpus_per_run, num_gpus=options.gpus_per_run, max_retries=10)

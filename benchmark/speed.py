@@ -274,11 +274,17 @@ def profile_of(options: Options) -> Path:
 
 
 def report_profile(path: Path) -> None:
-    """Prints the median parts of a step, with the number of threads that takes less time, as a table in Markdown."""
+    """Prints the median parts of a step, with the number of threads that takes less time, as a table in Markdown.
+
+    Of a case those of the machine that it was measured on last.
+    """
     runs = {}
     if path.exists():
         with path.open(newline="") as file:
-            for row in csv.DictReader(file):
+            rows = list(csv.DictReader(file))
+        last = {row["case"]: row["machine"] for row in rows}
+        for row in rows:
+            if row["machine"] == last[row["case"]]:
                 parts = [float(row[part]) for part in (*PARTS, "rest")]
                 runs.setdefault(row["case"], {}).setdefault(row["threads"], []).append(parts)
         print(f"\n| microseconds a step | threads | {' | '.join(PARTS)} | rest | sum |\n|{'---|' * (len(PARTS) + 4)}")
@@ -320,17 +326,21 @@ def measure_all(options: Options) -> None:
 def read(path: Path) -> dict[tuple, dict[int, float]]:
     """The speeds by case, runner, threads, number of environments and width; of each by its pair.
 
-    Of a case only those of the machine and device that it was measured on last: others do not compare.
+    Of a case those of the machine and device that it was measured on last, beside its peers and scaled: others do not
+    compare.
     """
     speeds, rows = {}, []
     if path.exists():
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
-    last = {row["case"]: (row["machine"], row["device"]) for row in rows}
+    last = {}
     for row in rows:
-        if (row["machine"], row["device"]) == last[row["case"]]:
-            key = row["case"], row["runner"], int(row["threads"]), int(row["num_envs"]), int(row["width"])
-            speeds.setdefault(key, {})[int(row["pair"])] = float(row["speed"])
+        row["key"] = row["case"], row["runner"], int(row["threads"]), int(row["num_envs"]), int(row["width"])
+        row["table"] = row["case"], row["key"][3:] == (0, 0)
+        last[row["table"]] = row["machine"], row["device"]
+    for row in rows:
+        if (row["machine"], row["device"]) == last[row["table"]]:
+            speeds.setdefault(row["key"], {})[int(row["pair"])] = float(row["speed"])
     return speeds
 
 

@@ -149,7 +149,10 @@ def test_one_failure_does_not_stop_the_rest_and_what_is_done_is_not_done_again(c
         signal.signal(number, handler)
     out = capsys.readouterr().out
     assert codes == [1, 1]
-    assert out.count("done     ppo CartPole-v1") == 1 and "1 of 2 runs are done" in out
+    assert (
+        out.count("done     ppo CartPole-v1 1,000 steps (--eval-episodes 2) seed 11") == 1
+        and "1 of 2 runs are done" in out
+    )
     (log,) = {line.split("its log: ")[1] for line in out.splitlines() if line.startswith("failed: ppo Nowhere-v1")}
     assert "Nowhere" in Path(log).read_text()
     (agent,) = tmp_path.rglob("agent.pt")
@@ -192,6 +195,27 @@ def test_ctrl_c_stops_with_checkpoints_and_the_same_command_goes_on(tmp_path):
     assert log.count("from step 0 to") == 1 and log.count(" to 40,000") == 2
     steps = [json.loads(line)["global_step"] for line in (checkpoint.parent / "metrics.jsonl").open()]
     assert steps == sorted(steps)
+
+
+def test_a_run_that_goes_on_elsewhere_names_both_machines(monkeypatch, tmp_path):
+    run = module("run")
+    made = {"commit": "a", "versions": "torch 1", "machine": "old"}
+    monkeypatch.setattr(run, "made_with", lambda script: dict(made))
+
+    def result(machine: str, *flags: str) -> dict:
+        made["machine"] = machine
+        run.execute(job(tmp_path, "--eval-episodes", "2", *flags), threading.Event())
+        return json.loads((tmp_path / "job/run.json").read_text())
+
+    assert result("old", "--total-timesteps", "none")["machine"] == "old"
+    assert result("new", "--total-timesteps", "none")["machine"] == "new", "the first try left nothing behind"
+    result("old", "--total-timesteps", "2000", "--checkpoint-every", "1000")
+    (agent,) = tmp_path.rglob("agent.pt")
+    for machine in ("new", "new"):  # its evaluation was cut off
+        rows = (agent.parent / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (agent.parent / "metrics.jsonl").write_text("".join(row for row in rows if "eval/" not in row))
+        about = result(machine, "--total-timesteps", "2000", "--checkpoint-every", "1000")
+        assert (about["machine"], about["commit"]) == ("old, then new", "a")
 
 
 def test_a_run_whose_runner_was_killed_is_left_to_end_and_not_done_twice(tmp_path):
@@ -246,8 +270,12 @@ def test_the_table_shows_what_runs_and_what_is_left(capsys, monkeypatch, tmp_pat
     table.draw([running], waiting, {"done": [running], "failed": []})
     table.draw([], [], {})
     out = capsys.readouterr().out
-    assert "ppo CartPole-v1 seed 7" in out and "1,024 of 3,000" in out and "1 running, 2 waiting, 1 done; 0 min" in out
-    assert "left: ppo CartPole-v1 ×2" in out and "\x1b[3A" in out
+    assert (
+        "ppo CartPole-v1 3,000 steps seed 7" in out
+        and " 1,024\n" in out
+        and "1 running, 2 waiting, 1 done; 0 min" in out
+    )
+    assert "left: ppo CartPole-v1 3,000 steps ×2" in out and "\x1b[3A" in out
     for text in ("", '{"global_st'):
         (folder / "metrics.jsonl").write_text(text)
         assert run.progress(running) is None
@@ -393,6 +421,26 @@ def test_a_ray_cluster_that_loses_a_node_does_every_run_once(tmp_path):
     assert sum(log.count(" to 60,000") for log in logs) == 5, "the one that was killed went on from its checkpoint"
 
 
+@pytest.mark.slow
+def test_sigterm_stops_the_runs_on_a_ray_cluster_in_order(tmp_path):
+    """Ray has a handler of its own, which ends the program at once."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        flags = "--total-timesteps 200000 --eval-episodes 2"
+        command = ("--scripts", "ppo", "--envs", "CartPole-v1", "--seeds", "1", f"--flags={flags}")
+        driver = start(*command, "--ray", cluster.address, cwd=tmp_path)
+        wait_for(lambda: [p for p in tmp_path.rglob("metrics.jsonl") if p.stat().st_size], 120)
+        driver.terminate()
+        out, err = driver.communicate(timeout=60)
+        wait_for(lambda: list(tmp_path.rglob("checkpoint.pt")))
+    finally:
+        cluster.shutdown()
+    assert driver.returncode == 143 and "1 stopped" in out, err
+
+
 # ----- tables and figures ---------------------------------------------------------------------------------------------
 
 
@@ -462,11 +510,31 @@ def test_tables_keep_what_they_have(tmp_path, capsys):
     assert end.value.code == 2 and "rows of ppo CartPole-v1 4000; --replace" in error and error.count("\n") == 1
     assert (tmp_path / "out/results.csv").read_text() == before, "nothing is lost"
     collect.main(collect.Options(tmp_path / "b", out=tmp_path / "out", replace=True))
+    assert "left out: 2 runs of ppo CartPole-v1 4000 with other settings" in capsys.readouterr().err
     (only,) = collect.read_tables(tmp_path / "out")
     assert (only["seed"], only["return"]) == ("12", "50.0"), "the whole cell gave way to its new settings"
     with pytest.raises(SystemExit) as end:
         collect.main(collect.Options(tmp_path / "nowhere"))
     assert end.value.code == 2 and "no folder" in capsys.readouterr().err
+    make_run(tmp_path / "c", evaluation(4000, mean=60.0), seed=12, about={"settings": "other"})
+    collect.main(collect.Options(tmp_path / "c", out=tmp_path / "out"))
+    assert "ppo CartPole-v1 4000 seed 12: 60.0 in the place of 50.0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("lost", ("results.csv", "curves.csv"))
+def test_a_table_without_the_other_is_not_written_over(lost, tmp_path, capsys):
+    collect = module("collect")
+    make_run(tmp_path / "a", evaluation(4000), seed=11, about={})
+    make_run(tmp_path / "b", evaluation(4000), seed=12, about={})
+    out = tmp_path / "out"
+    collect.main(collect.Options(tmp_path / "a", out=out))
+    (out / lost).unlink()
+    (left,) = out.iterdir()
+    before = left.read_text()
+    with pytest.raises(SystemExit) as end:
+        collect.main(collect.Options(tmp_path / "b", out=out))
+    assert end.value.code == 2 and "not of the same runs" in capsys.readouterr().err
+    assert left.read_text() == before and list(out.iterdir()) == [left]
 
 
 def test_seeds_of_a_range():
@@ -522,9 +590,7 @@ def test_figures_and_tables(plot, tmp_path, capsys):
     assert "| HalfCheetah-v5 | td3 | 100,000 | 3,012 (3,011 to 3,014) | 11–12, 14 | 5,336 ± 376.5, 10 runs |" in text
     assert "| Hopper-v5 | sac | 100,000 | **5,012** (5,011 to 5,014) | 11–12, 14 | 2,613 ± 990.8, 10 runs |" in text
     variants = (tmp_path / "figures/variants.md").read_text()
-    assert (
-        "| Hopper-v5 | sac: `no-autotune` | 100,000 | 5,014 | 3* |" in variants and "settings were chosen" in variants
-    )
+    assert "| Hopper-v5 | sac: `no-autotune` | 100,000 | 5,014 | 3* |" in variants and "seeds of 1–5, on" in variants
     assert "no-autotune" not in text and "settings were chosen" not in text
     one = plot.load(plot.Options(tables=tmp_path)).query("env_id == 'Hopper-v5' and script == 'sac' and seed == 11")
     single = plot.results_table(one, plot.pd.read_csv(plot.Options().published))
@@ -647,7 +713,7 @@ def test_aggregates_are_the_same_again(plot, tmp_path):
     assert texts[0] == texts[1] and "to 1." in texts[0]
 
 
-def test_runs_by_hand_with_other_flags_do_not_mix(tmp_path):
+def test_runs_by_hand_with_other_flags_do_not_mix(tmp_path, capsys):
     collect = module("collect")
     for age, gamma in enumerate((0.9, 0.99)):
         folder = make_run(tmp_path / str(gamma), evaluation(4000, mean=age), seed=11 + age)
@@ -655,6 +721,7 @@ def test_runs_by_hand_with_other_flags_do_not_mix(tmp_path):
         (folder / "args.json").write_text(json.dumps(args))
         os.utime(folder / "agent.pt", (1000 + age, 1000 + age))
     assert [run["seed"] for run in collect.read_folder(tmp_path)] == [12]
+    assert capsys.readouterr().err == "left out: 1 run of ppo CartPole-v1 4000 with other settings than the newest\n"
 
 
 def test_the_tables_go_into_a_page_between_its_comments(plot, tmp_path):
@@ -683,6 +750,10 @@ def test_scores_put_a_random_policy_at_0_and_the_best_mean_at_1(plot, tmp_path):
     runs = plot.load(plot.Options(tables=tmp_path))
     few = runs[~((runs["script"] == "td3") & (runs["env_id"] == "Hopper-v5") & (runs["seed"] == 11))]
     assert all("td3" not in scripts for scripts in plot.scores_of(few).values()), "two seeds are too few"
+    first = runs[(runs["script"] == "td3") & (runs["env_id"] == "Hopper-v5") & (runs["seed"] == 11)]
+    more = plot.pd.concat([first.assign(seed=10, **{"return": -1e6}), runs])
+    for before, after in zip(group.values(), *(x.values() for x in plot.scores_of(more).values())):
+        assert after == pytest.approx(before), "of more seeds on one environment the last ones count"
     assert not plot.scores_of(runs[runs["script"] == "sac"]), "a script alone is compared with nothing"
     assert group["sac"].mean(0) == pytest.approx([1, 1]) and group["td3"].shape == (3, 2)
     assert group["td3"][0, 1] == pytest.approx((3011 - zero) / (5000 + 37 / 3 - zero))
@@ -832,6 +903,19 @@ def test_speeds_of_several_machines_do_not_mix(tmp_path):
         speed.append(tmp_path / "speed.csv", speed.FIELDS, row | {"machine": machine, "device": device})
     speeds = speed.read(tmp_path / "speed.csv")
     assert speeds == {("dqn", "rungs", 1, 0, 0): {1: 1.0}, ("ppo", "rungs", 1, 0, 0): {3: 3.0}}
+    row = dict(case="ppo", runner="rungs", threads=1, num_envs=64, width=0, pair=4, speed=4, machine="third")
+    speed.append(tmp_path / "speed.csv", speed.FIELDS, row | {"device": "cpu"})
+    scaled = {("ppo", "rungs", 1, 64, 0): {4: 4.0}}
+    assert speed.read(tmp_path / "speed.csv") == speeds | scaled, "scaled elsewhere, which says nothing of its peers"
+
+
+def test_profiles_of_several_machines_do_not_mix(tmp_path, capsys):
+    speed = module("speed")
+    for machine, spent in (("old", 1.0), ("new", 5.0)):
+        row = dict(case="dqn-CartPole", threads=1, machine=machine) | dict.fromkeys((*speed.PARTS, "rest"), spent)
+        speed.append(tmp_path / "profile.csv", speed.PROFILE_FIELDS, row)
+    speed.report_profile(tmp_path / "profile.csv")
+    assert f"| dqn-CartPole | 1 | {'5.0 | ' * 6}30.0 |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags", (["--cases", "ppo-CartPol"], ["--runners", "rungs", "sb4"]))
