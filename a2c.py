@@ -458,10 +458,12 @@ def in_parallel(gradients, args: Args):
 
 # ----- plumbing, the same text in every script: read it once or never -------------------------------------------------
 
+SCRIPT = Path(globals().get("__file__", "notebook")).stem
+
 
 def fail(message: str, code: int = 2) -> None:
     """Ends the program with one line on stderr; exit code 2 says that the input was bad."""
-    print(f"{Path(__file__).name}: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{SCRIPT}.py: error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -534,6 +536,19 @@ def exchange(x) -> list:
     return everyone
 
 
+class Plain(gym.Wrapper):
+    """An environment without infos, whose names and shapes may clash, that overwrites no observation it gave."""
+
+    def reset(self, **options) -> tuple[np.ndarray, dict]:
+        """The first observation of an episode."""
+        return self.env.reset(**options)[0], {}
+
+    def step(self, action) -> tuple[np.ndarray, float, bool, bool, dict]:
+        """Observation, reward, terminated, truncated."""
+        obs, *rest, _ = self.env.step(action)
+        return np.array(obs), *rest, {}
+
+
 def make_envs(args: Args, num_envs: int, video: Path | None = None) -> gym.vector.SyncVectorEnv:
     """Environments in lockstep, each reset in the step that ends its episode; `video` names a film of the first one."""
 
@@ -541,7 +556,7 @@ def make_envs(args: Args, num_envs: int, video: Path | None = None) -> gym.vecto
         env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if film else {}))
         space = env.observation_space
         require(isinstance(space, gym.spaces.Box), f"{args.env_id}: observations must be a Box, these are {space}")
-        env = gym.wrappers.RecordEpisodeStatistics(env)
+        env = gym.wrappers.RecordEpisodeStatistics(Plain(env))
         if film:
             with warnings.catch_warnings(action="ignore"):  # that the folder has films already
                 env = gym.wrappers.RecordVideo(env, video.parent, lambda episode: episode == 0, name_prefix=video.name)
@@ -591,6 +606,8 @@ def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[st
             alive &= ~(terminated | truncated)
             if not alive.any():
                 break
+    if alive.any():
+        tqdm.write(f"{alive.sum()} of {len(alive)} episodes were cut off after 100,000 steps", file=sys.stderr)
     random.setstate(states[0])
     np.random.set_state(states[1])
     mean, std = returns.mean().item(), returns.std().item()
@@ -626,7 +643,7 @@ def load_run(args: Args) -> tuple[Args, dict]:
         flags = json.loads((folder / "args.json").read_text())
         flags = {name: tuple(x) if isinstance(x, list) else x for name, x in flags.items()}  # JSON has no tuples
         script = flags.pop("script")
-        require(script == Path(__file__).stem, f"{where} that is a run of {script}.py")
+        require(script == SCRIPT, f"{where} that is a run of {script}.py")
         old = Args(**flags | {"resume": args.resume})
         with zipfile.ZipFile(folder / name) as file:
             require(file.testzip() is None, f"{where} {name} is damaged")  # torch.load looks at no checksum
@@ -639,7 +656,8 @@ def load_run(args: Args) -> tuple[Args, dict]:
         fail(f"{where} nothing to go on from, there is no {Path(error.filename).name}")
     except Exception as error:
         fail(f"{where} cannot be read, torn or not a run ({type(error).__name__})")
-    if __name__ == "__main__":  # read the command line again: what it does not name is as the run had it
+    if __name__ == "__main__" and any(x.startswith("--resume") for x in sys.argv):
+        # Read the command line again: what it does not name is as the run had it.
         args = tyro.cli(Args, default=old)
     else:  # called from Python: what differs from its default was meant
         given = {f.name: getattr(args, f.name) for f in fields(Args) if getattr(args, f.name) != f.default}
@@ -657,8 +675,7 @@ class Run:
     def __init__(self, args: Args, saved: dict, **states):
         """`states` are the modules and optimizers that make a checkpoint; those in `saved` are loaded."""
         self.args, self.states, self.step = args, states, saved["step"]
-        script = Path(__file__).stem
-        name = re.sub(r"[^\w.-]+", "-", f"{args.env_id}__{script}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}")
+        name = re.sub(r"[^\w.-]+", "-", f"{args.env_id}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}")
         self.folder = Path(args.resume or Path(args.runs_dir, exchange(name)[0]))
         try:
             for name, state in saved["states"].items():
@@ -669,7 +686,7 @@ class Run:
             fail(f"--resume {self.folder}: the checkpoint does not fit: {error}")
         saved["states"].clear()  # or a second replay buffer would stay in memory
         self.wandb = self.start_wandb() if args.track and first() else None
-        flags = {"script": script} | asdict(args) | {"resume": ""}
+        flags = {"script": SCRIPT} | asdict(args) | {"resume": ""}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_file(self.folder / "args.json", json.dumps(flags, indent=2))
@@ -682,7 +699,7 @@ class Run:
         except OSError as error:
             fail(f"the run's folder cannot be written: {error}")
         start, end = min(self.step, args.total_timesteps), args.total_timesteps
-        print(f"{self.folder}: {script} on {args.env_id}, from step {start:,} to {end:,}", flush=True)
+        print(f"{self.folder}: {SCRIPT} on {args.env_id}, from step {start:,} to {end:,}", flush=True)
         hidden = None if first() else True  # None: where stderr is no terminal
         self.bar = tqdm(total=end, initial=start, unit=" steps", unit_scale=True, disable=hidden)
         self.returns, self.lengths = [], []
@@ -711,7 +728,7 @@ class Run:
             tqdm.write(f"--track: {type(error).__name__}: {error}; the run goes on without W&B", file=sys.stderr)
 
     def __enter__(self):
-        self.signal, self.handlers = None, {}
+        self.signal, self.handlers, self.finished = None, {}, False
         with suppress(ValueError):  # only the main thread may do that
             self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
@@ -719,6 +736,8 @@ class Run:
     def on_signal(self, number: int, frame) -> None:
         """Ctrl-C and SIGTERM end the run after this iteration; the same a second time ends it at once."""
         self.signal = number
+        if self.finished:  # all that is left is an evaluation
+            raise SystemExit(128 + number)
         if not dist.is_initialized():  # torchrun passes on a signal that may have come here already
             signal.signal(number, self.handlers[number])
 
@@ -731,6 +750,9 @@ class Run:
             self.to_wandb(self.wandb.finish, exit_code=0 if error is None else 1)
         if isinstance(error, Exception):
             error.add_note(f"It ended the run at step {self.step:,}; {self.rescue()}")
+        elif isinstance(error, SystemExit) and error.code == 2:  # no environments for an evaluation
+            error.code = 1
+            print(f"It ended the run at step {self.step:,}; {self.rescue()}", file=sys.stderr)
 
     def rescue(self) -> str:
         """What there is to go on from, in words."""
@@ -785,10 +807,12 @@ class Run:
                 self.bar.set_postfix_str(f"return {row['charts/episodic_return']:.1f}")
             self.log(row)
             self.returns, self.lengths = [], []
-        if evaluation and not finished:
-            self.evaluate()
-        if checkpoint:
-            write_file(self.folder / "checkpoint.pt", {"step": step, "states": states})
+        try:
+            if evaluation and not finished:
+                self.evaluate()
+        finally:  # the checkpoint comes last, so that who goes on from it has the rows; and without an evaluation too
+            if checkpoint:
+                write_file(self.folder / "checkpoint.pt", {"step": step, "states": states})
         if stopping and not finished:
             print(f"Stopped at step {step:,}; {self.rescue()}")
             raise SystemExit(128 + (self.signal or signal.SIGTERM))  # it may have come to another process
@@ -824,6 +848,7 @@ class Run:
     def finish(self) -> Path:
         """Saves and evaluates the trained agent; returns the run's folder."""
         write_file(self.folder / "agent.pt", self.states["agent"].state_dict())
+        self.finished = True
         self.bar.close()
         self.evaluate()
         return self.folder

@@ -135,6 +135,54 @@ class Millions(Tiny):
         return obs, 1e6 * (-1) ** self.steps, *rest
 
 
+class Infos(Tiny):
+    """Infos whose shapes and kinds change, by a name that Gymnasium gives to its statistics; one dict for all steps."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.info = {}
+
+    def change_info(self):
+        number = int(self.np_random.integers(4))
+        self.info |= {"path": np.zeros(number), "goal": ("left", 1, None, [2])[number], "episode": {"won": True}}
+
+    def reset(self, seed=None, options=None):
+        obs, _ = super().reset(seed=seed, options=options)
+        self.change_info()
+        return obs, self.info
+
+    def step(self, action):
+        *step, _ = super().step(action)
+        self.change_info()
+        return *step, self.info
+
+
+class OneArray(Tiny):
+    """Observes the number of the step, in the same array every time."""
+
+    observation_space = Box(-10, 10, (6,))
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.array = np.zeros(6, np.float32)
+
+    def observe(self):
+        self.array[:] = self.steps
+        return self.array
+
+
+class Limited(Tiny):
+    """There can be $LIMIT of them."""
+
+    made = 0
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        if Limited.made == int(os.environ["LIMIT"]):
+            raise RuntimeError("no license for another one")
+        Limited.made += 1
+
+
 class DictObs(Tiny):
     observation_space = Dict({"position": Box(-1, 1, (2,)), "velocity": Box(-1, 1, (2,))})
 
@@ -172,8 +220,8 @@ class SignalsPendulum(Signals, PendulumEnv):
 # Unequal, asymmetric bounds, and a shape that must be flattened for the networks and given back to the environment.
 UNEVEN = Box(np.array([[-1], [0]], np.float32), np.array([[3], [0.5]], np.float32))
 
-AWKWARD = (OneNumber, Large, Doubles, AllIntegers, OneStep, BothEnds, Millions)
-for kind in (Raises, NaN, Ledger, Forever, DictObs, *AWKWARD):
+AWKWARD = (OneNumber, Large, Doubles, AllIntegers, OneStep, BothEnds, Millions, Infos, OneArray)
+for kind in (Raises, NaN, Ledger, Forever, Limited, DictObs, *AWKWARD):
     gym.register(f"{kind.__name__}-v0", kind)
     gym.register(f"{kind.__name__}Box-v0", kind, kwargs={"action_space": UNEVEN})
 gym.register("OneAction-v0", Tiny, kwargs={"action_space": Discrete(1)})

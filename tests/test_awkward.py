@@ -16,9 +16,12 @@ ENVIRONMENTS = {
     "OneStep": (1, 1),
     "BothEnds": (5, 5),
     "Millions": (5, -1e6),
+    "Infos": (5, 5),
+    "OneArray": (5, 5),
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*share an object")
 @pytest.mark.parametrize("name", ENVIRONMENTS)
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_awkward_environments(script, name, here):

@@ -379,6 +379,22 @@ def test_an_environment_that_raises_ends_the_run_with_its_message_and_the_way_on
 
 
 @each_script
+def test_an_evaluation_without_environments_ends_the_run_with_the_way_on(script, here, monkeypatch, capsys):
+    monkeypatch.setenv("LIMIT", "2")
+    monkeypatch.setattr("tests.envs.Limited.made", 0)
+    more = ("--env-id", tiny_env(script, "Limited"), "--checkpoint-every", "500", "--eval-every", "500")
+    with pytest.raises(SystemExit) as end:
+        train(script, *flags(script, *more))
+    folder = only_run(here)
+    reason, way_on = capsys.readouterr().err.splitlines()
+    assert end.value.code == 1 and "no license for another one" in reason
+    assert way_on.startswith("It ended the run at step 5") and f"--resume runs/{folder.name} goes on from" in way_on
+    monkeypatch.setenv("LIMIT", "100")
+    train(script, "--resume", folder)
+    assert "eval/episodic_return" in rows(folder)[-1] and (folder / "agent.pt").exists()
+
+
+@each_script
 def test_a_last_evaluation_that_raises_can_be_made_again(script, here, monkeypatch):
     def evaluate(*inputs):
         raise RuntimeError("the evaluation broke")

@@ -417,6 +417,28 @@ def test_evaluation_is_the_mean_over_one_whole_episode_in_each_environment(modul
 
 
 @everywhere
+def test_evaluation_says_that_episodes_were_cut_off(module, monkeypatch, capsys):
+    monkeypatch.setattr(module, "range", lambda n: range(100 if n == 100_000 else n), raising=False)
+    for name, said in (("Forever", "3 of 3 episodes were cut off after 100,000 steps\n"), ("OneNumber", "")):
+        args = module.Args(env_id=f"tests.envs:{name}{'Box' * (module in (ddpg, td3, sac))}-v0", eval_episodes=3)
+        agent = module.Agent(module.make_envs(args, 1), args, torch.device("cpu"))
+        assert module.evaluate(agent, args)["eval/episodic_return"] == (100 if said else 5)
+        assert capsys.readouterr().err == said
+
+
+@pytest.mark.filterwarnings("ignore:.*share an object")
+@everywhere
+def test_the_last_observation_is_the_true_one_even_if_the_environment_overwrites_it(module):
+    env_id = f"tests.envs:OneArray{'Box' * (module in (ddpg, td3, sac))}-v0"
+    with contextlib.closing(module.make_envs(module.Args(env_id=env_id), 2)) as envs:
+        seen = [envs.reset(seed=0)[0]]
+        for _ in range(5):
+            obs, _, terminated, truncated, infos = envs.step(envs.action_space.sample())
+            seen.append(module.true_next_obs(obs, terminated | truncated, infos))
+    assert obs.max() == 0 and [x.tolist() for x in seen] == [[[step] * 6] * 2 for step in range(6)]
+
+
+@everywhere
 def test_evaluation_acts_without_exploration_on_other_seeds(module, monkeypatch):
     args = module.Args(env_id="CartPole-v1" if module is dqn else "Pendulum-v1", eval_episodes=2)
     envs = module.make_envs(args, 2)
@@ -473,6 +495,32 @@ def test_the_first_signal_is_noted_and_a_second_goes_to_whoever_had_it_before(mo
         assert heard == ["second", "second"]
     finally:
         signal.signal(number, before)
+
+
+@everywhere
+def test_a_signal_ends_the_last_evaluation_at_once(module, quiet, monkeypatch):
+    """By then the agent is saved, and the evaluation may take an hour."""
+    states, handler = {"agent": torch.nn.Linear(1, 1)}, signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(module, "evaluate", lambda *_: signal.raise_signal(signal.SIGTERM))
+    args = module.Args(**quiet | {"eval_episodes": 1})
+    with pytest.raises(SystemExit) as end, module.Run(args, {"step": 0, "states": {}}, **states) as run:
+        run.finish()
+    assert end.value.code == 128 + signal.SIGTERM and signal.getsignal(signal.SIGTERM) == handler
+    assert (run.folder / "agent.pt").exists() and rows(run.folder) == []
+
+
+@everywhere
+def test_an_evaluation_that_breaks_takes_no_checkpoint_away(module, quiet, monkeypatch):
+    def evaluate(*_):
+        raise RuntimeError("the evaluation broke")
+
+    monkeypatch.setattr(module, "evaluate", evaluate)
+    args = module.Args(**quiet | {"eval_every": 100, "eval_episodes": 1, "checkpoint_every": 100})
+    with pytest.raises(RuntimeError, match="broke") as error:
+        with module.Run(args, {"step": 0, "states": {}}, agent=torch.nn.Linear(1, 1)) as run:
+            run.advance(100, {})
+    assert torch.load(run.folder / "checkpoint.pt", weights_only=True)["step"] == 100
+    assert "goes on from its last checkpoint" in error.value.__notes__[0]
 
 
 @everywhere

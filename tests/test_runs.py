@@ -137,6 +137,33 @@ def test_a_copied_script_runs_alone_in_an_empty_folder(script, here):
 
 
 @each_script
+def test_a_copy_that_calls_train_itself_gets_the_flags_that_it_gives(script, here):
+    """Its own command line is nobody else's."""
+    text, last = (ROOT / f"{script}.py").read_text(), "    train(tyro.cli(Args))\n"
+    assert text.endswith(last)
+    lines = [
+        "folder = train(Args(total_timesteps=600, eval_episodes=1, checkpoint_every=300))",
+        "train(Args(resume=str(folder), total_timesteps=900, eval_episodes=2))",
+    ]
+    Path("mine.py").write_text(text.removesuffix(last) + "".join(f"    {line}\n" for line in lines))
+    printed = python("mine.py", "--my-flag", cwd=here).stdout
+    assert "mine on " in printed and " to 900" in printed
+    assert [row["eval/episodes"] for row in evaluations(only_run(here))] == [1, 2]
+
+
+def test_a_script_that_is_pasted_into_a_notebook_trains(here, capsys):
+    """There it has no file."""
+    for script in SCRIPTS:
+        cell = {"__name__": "cell"}
+        exec((ROOT / f"{script}.py").read_text(), cell)
+        folder = cell["train"](cell["Args"](total_timesteps=300, eval_episodes=1))
+        assert json.loads((folder / "args.json").read_text())["script"] == "notebook"
+        with pytest.raises(SystemExit):
+            cell["train"](cell["Args"](env_id="Nowhere-v0"))
+        assert capsys.readouterr().err.startswith("notebook.py: error: --env-id Nowhere-v0")
+
+
+@each_script
 def test_every_episode_counts_in_the_row_after_its_end(script, here, monkeypatch):
     monkeypatch.setenv("LEDGER", str(here / "ledger"))
     """With one environment for REINFORCE, which does not count what the others play while they wait for the last."""
