@@ -810,7 +810,7 @@ class Run:
         try:
             if evaluation and not finished:
                 self.evaluate()
-        finally:  # the checkpoint comes last, so that who goes on from it has the rows; and without an evaluation too
+        finally:  # after the evaluation, whose row a run that goes on must find; and even if it broke
             if checkpoint:
                 write_file(self.folder / "checkpoint.pt", {"step": step, "states": states})
         if stopping and not finished:

@@ -947,6 +947,18 @@ MUTATIONS = [
         "            if returns:\n",
         "            if len(returns) > 1:\n",
     ),
+    # ----- what environments and evaluations may do
+    Mutation("the last observation is overwritten", "*", "return np.array(obs), *rest, {}", "return obs, *rest, {}"),
+    Mutation(
+        "a signal waits for the last evaluation", "*", "            raise SystemExit(128 + number)", "            pass"
+    ),
+    Mutation(
+        "a broken evaluation costs the checkpoint",
+        "*",
+        "        finally:  # after",
+        "        except ():\n            pass\n        else:  # after",
+    ),
+    Mutation("nobody hears of episodes that were cut off", "*", "    if alive.any():\n", "    if False:\n"),
     # ----- several processes
     Mutation(
         "gradients of the processes summed", POLICY_GRADIENT, "for x in own]).cpu() / processes", "for x in own]).cpu()"
