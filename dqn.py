@@ -634,7 +634,7 @@ class Run:
         return self
 
     def on_signal(self, number: int, frame) -> None:
-        """Ctrl-C and SIGTERM end the run after this iteration; the same a second time ends it at once."""
+        """Ctrl-C and SIGTERM end the run after this iteration, in the last evaluation and the second time at once."""
         self.signal = number
         if self.finished:  # all that is left is an evaluation
             raise SystemExit(128 + number)
