@@ -11,8 +11,8 @@ Maximises, by one RMSprop step on each rollout of T steps in N environments (Mni
     A_t      = delta_t + gamma lambda (1 - done_t) A_{t+1}             the advantage, GAE(lambda), 0 after the rollout
     R_t      = A_t + V(s_t)                                            the target of the value
 
-E is the mean over the steps of the rollout, pi the policy with the parameters theta, V the critic, H the entropy. A and
-R are computed once a rollout and are constants in L. With lambda = 1 the TD errors in A telescope, and R_t is the
+E is the mean over the steps of the rollout, pi the policy with the parameters theta, V the critic, H the entropy. r_t
+is scaled (--norm-reward). A and R are constants in L. With lambda = 1 the TD errors in A telescope, and R_t is the
 paper's n-step return r_t + gamma r_{t+1} + ... + gamma^n V(s_{t+n}), n the steps left in the rollout or the episode.
 
 After termination there is no further reward. A time limit (truncation) only breaks off, as a rollout's end does: V of
@@ -27,7 +27,7 @@ has a thread, here all step together. GAE: Schulman et al. 2016, arXiv 1506.0243
 
 The diff from reinforce.py is bootstrapping: the critic completes a return after a few steps, so there is no waiting for
 the end of an episode, and less noise; the price is a bias where V is wrong. From the paper come RMSprop (there with eps
-inside the root) and the entropy, from OpenAI's Baselines the clipped gradient; means are over steps. Next is ppo.py.
+inside the root) and the entropy (here off), from OpenAI's Baselines the clipped gradient. Next is ppo.py.
 """
 
 import atexit
@@ -87,7 +87,7 @@ class Args:
     num_steps: int = 5  # steps of each environment in a rollout
     gae_lambda: float = 1.0  # lambda of GAE: 1 is n-step returns minus V, 0 the TD error: less noise, more bias
     ent_coef: float = 0.0  # weight of the entropy, c2
-    vf_coef: float = 0.5  # weight of the value loss, c1; the optimizer undoes it, up to its part in the clipped norm
+    vf_coef: float = 0.5  # weight of the value loss, c1; the optimizer's scaling cancels it, but in the clipped norm
     max_grad_norm: float = 0.5  # largest norm of the gradient; a longer one is scaled down
     anneal_lr: bool = True  # lower the learning rate linearly to zero
     norm_obs: bool = True  # normalise observations by their running mean and standard deviation
@@ -198,7 +198,7 @@ class RewardScaler(nn.Module):
         self.running_return = 0.0  # of the episodes under way, (N,); whoever resets the environments sets it to 0
 
     def forward(self, reward: Tensor, done: Tensor) -> Tensor:
-        """Rewards (T, N) in and out; the return here sums up what came before, and begins anew with an episode."""
+        """Rewards (T, N) in and out; a return here is the discounted sum of rewards so far, anew in each episode."""
         returns = []
         for reward_t, done_t in zip(reward, done):
             returns.append(reward_t + self.gamma * self.running_return)

@@ -13,8 +13,8 @@ Maximises, by Adam on minibatches of the last rollout (PPO paper, equations 7, 9
     R_t      = A_t + V(s_t)                                            the target of the value
 
 E is the mean over the steps of a minibatch, pi the policy with the parameters theta, pi_old the one that collected the
-rollout, V the critic, H the entropy. pi_old, A and R are computed once a rollout, by the V of then, and constants in L;
-in each minibatch A is shifted and scaled to mean 0 and standard deviation 1 (--norm-adv, as in ppo2).
+rollout, V the critic, H the entropy. pi_old, A and R are computed before the first step, constants in L. r_t is scaled
+(--norm-reward), and A to mean 0 and standard deviation 1 in each minibatch (--norm-adv, as in ppo2).
 
 Where A > 0 the objective stops growing at ratio 1 + eps, where A < 0 at 1 - eps: going further earns nothing. The min
 keeps the unclipped term where the ratio went the wrong way, so that such a step can be undone. The clip takes away an
@@ -91,15 +91,15 @@ class Args:
     num_steps: int = 128  # steps of each environment in a rollout
     gae_lambda: float = 0.95  # lambda of GAE: 1 is n-step returns minus V, 0 the TD error: less noise, more bias
     ent_coef: float = 0.0  # weight of the entropy, c2
-    vf_coef: float = 0.5  # weight of the value loss, c1; the optimizer undoes it, up to its part in the clipped norm
+    vf_coef: float = 0.5  # weight of the value loss, c1; the optimizer's scaling cancels it, but in the clipped norm
     max_grad_norm: float = 0.5  # largest norm of the gradient; a longer one is scaled down
     anneal_lr: bool = True  # lower the learning rate linearly to zero
     update_epochs: int = 4  # passes over a rollout
     num_minibatches: int = 4  # minibatches in a pass
-    clip_coef: float = 0.2  # eps: beyond 1 - eps and 1 + eps the ratio earns nothing more
+    clip_coef: float = 0.2  # eps: a ratio above 1 + eps, where A < 0 below 1 - eps, earns nothing more
     clip_vloss: bool = False  # clip the change of the value by eps too (in ppo2, not in the paper)
     norm_adv: bool = True  # normalise the advantages of a minibatch to mean 0 and standard deviation 1
-    target_kl: float | None = None  # no further pass if KL(pi_old || pi), as a pass's last step logs it, is above this
+    target_kl: float | None = None  # no further pass if KL(pi_old || pi), before the last step of one, is above this
     norm_obs: bool = True  # normalise observations by their running mean and standard deviation
     norm_reward: bool = True  # divide rewards by the running standard deviation of the return
     init_log_std: float = -0.5  # initial log standard deviation of a Gaussian policy, in units where bounds are +-1
@@ -208,7 +208,7 @@ class RewardScaler(nn.Module):
         self.running_return = 0.0  # of the episodes under way, (N,); whoever resets the environments sets it to 0
 
     def forward(self, reward: Tensor, done: Tensor) -> Tensor:
-        """Rewards (T, N) in and out; the return here sums up what came before, and begins anew with an episode."""
+        """Rewards (T, N) in and out; a return here is the discounted sum of rewards so far, anew in each episode."""
         returns = []
         for reward_t, done_t in zip(reward, done):
             returns.append(reward_t + self.gamma * self.running_return)

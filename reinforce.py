@@ -12,11 +12,11 @@ Takes one Adam step with this gradient for each batch of N episodes (Williams 19
                   = the mean G over all steps of the other episodes    with --baseline mean
                   = V(s_t), which learns to predict G_t                with --baseline value
 
-E is the mean over the episodes, pi the policy with the parameters theta. V goes down the mean of (V(s_t) - G_t)^2 / 2
-over all their steps. No baseline depends on the action that it judges, so the expectation of the estimate is the same
-with each; a good one takes noise away. With gamma = 1 it is the exact gradient of the expected return, if rewards are
-not scaled (--no-norm-reward) and no G_t is completed by V; with gamma < 1 the factor gamma^t of the discounted return's
-gradient is dropped, as is common, so that late steps count as much as early ones.
+E is the mean over the episodes, pi the policy with the parameters theta. The loss of V is (V(s_t) - G_t)^2 / 2, in the
+mean over all their steps. No baseline depends on the action that it judges, so subtracting it leaves the expectation as
+it was; a good one takes noise away. With gamma = 1 the expectation is the gradient of the expected return, if rewards
+are not scaled (--no-norm-reward) and no G_t is completed by V; with gamma < 1 the factor gamma^t of the discounted
+return's gradient is dropped, as is common, so that late steps count as much as early ones.
 
 G_t needs the end of the episode. Where a time limit cut it off (truncated, not terminated), V of the last state stands
 for the rest with --baseline value; the other two take the rest as 0: the time limit is then a part of the task.
@@ -197,7 +197,7 @@ class RewardScaler(nn.Module):
         self.running_return = 0.0  # of the episodes under way, (N,); whoever resets the environments sets it to 0
 
     def forward(self, reward: Tensor, done: Tensor) -> Tensor:
-        """Rewards (T, N) in and out; the return here sums up what came before, and begins anew with an episode."""
+        """Rewards (T, N) in and out; a return here is the discounted sum of rewards so far, anew in each episode."""
         returns = []
         for reward_t, done_t in zip(reward, done):
             returns.append(reward_t + self.gamma * self.running_return)
@@ -362,17 +362,17 @@ def train(args: Args) -> Path:
             optimizer.param_groups[0]["lr"] = remaining * args.learning_rate
 
             # Play one whole episode in each of N environments. One done early plays on: that counts in `step` and in
-            # the running statistics, not in the gradient. A batch as long as the whole training is truncated.
-            steps, waiting = [], np.ones(envs.num_envs, dtype=bool)
-            while any(exchange(waiting.any())) and args.num_envs * len(steps) < args.total_timesteps:
+            # the running statistics, not in the gradient. A batch of --total-timesteps steps is cut off there.
+            steps, unfinished = [], np.ones(envs.num_envs, dtype=bool)
+            while any(exchange(unfinished.any())) and args.num_envs * len(steps) < args.total_timesteps:
                 action = act_alike(agent, obs, rank, processes)  # agent.act, except under torchrun
                 next_obs, reward, terminated, truncated, infos = envs.step(agent.to_env(action))
                 done = terminated | truncated
                 steps.append((obs, action, reward, true_next_obs(next_obs, done, infos), terminated, done))
-                run.count_episodes(infos, waiting)
+                run.count_episodes(infos, unfinished)
                 obs = next_obs
-                waiting &= ~done
-            done[waiting] = True  # cut off by the end of the training; in steps[-1] too, it is the same array
+                unfinished &= ~done
+            done[unfinished] = True  # cut off by the limit of the loop; in steps[-1] too, it is the same array
             step += args.num_envs * len(steps)
 
             # Learn from these steps. Their rewards are in the statistics that scale them: a small bias, which fades.

@@ -317,12 +317,15 @@ MUTATIONS = [
         "        baseline, next_value",
     ),
     Mutation(
-        "a batch ends with its first episode", "reinforce.py", "exchange(waiting.any())", "exchange(waiting.all())"
+        "a batch ends with its first episode",
+        "reinforce.py",
+        "exchange(unfinished.any())",
+        "exchange(unfinished.all())",
     ),
     Mutation(
         "episodes of those who wait are counted",
         "reinforce.py",
-        "run.count_episodes(infos, waiting)",
+        "run.count_episodes(infos, unfinished)",
         "run.count_episodes(infos)",
     ),
     Mutation(
@@ -822,7 +825,9 @@ MUTATIONS = [
     ),
     Mutation("evaluation rewinds the generator of the GPU", "*", "fork_rng(gpu)", "fork_rng([])"),
     Mutation("the buffer is copied at the end", "*", 'else ["agent"] if finished', "else self.states if finished"),
-    Mutation("a batch is cut as if by death", "reinforce.py", "            done[waiting] = True", "            pass"),
+    Mutation(
+        "a batch is cut as if by death", "reinforce.py", "            done[unfinished] = True", "            pass"
+    ),
     Mutation(
         "the buffer is as long as the training, not as its turns",
         REPLAY,
