@@ -29,6 +29,7 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).resolve().parent
 FEWEST = 3  # seeds that an environment needs to count in an aggregate
+FEWEST_TO_RESAMPLE = 5  # seeds without which a bootstrap says no more than their range
 COLORS = dict(zip(SCRIPTS, plt.colormaps["tab10"].colors))
 
 
@@ -102,9 +103,12 @@ def load(options: Options) -> pd.DataFrame:
 
 
 def interval(values: np.ndarray, reps: int = 10_000) -> tuple[np.ndarray, np.ndarray]:
-    """95 % bootstrap interval of the mean over the first axis, that of the seeds."""
+    """95 % bootstrap interval of the mean over the first axis, that of the seeds; of fewer than five their range."""
+    values = np.asarray(values)
+    if len(values) < FEWEST_TO_RESAMPLE:
+        return values.min(0), values.max(0)
     picks = np.random.default_rng(0).integers(len(values), size=(reps, len(values)))
-    low, high = np.percentile(np.asarray(values)[picks].mean(1), [2.5, 97.5], axis=0)
+    low, high = np.percentile(values[picks].mean(1), [2.5, 97.5], axis=0)
     return low, high
 
 
@@ -169,7 +173,13 @@ def draw_cell(axis, place: float, values: np.ndarray, color: object) -> None:
 
 
 def draw_variants(runs: pd.DataFrame, path: Path) -> None:
-    """Final returns of the variants of one cell, a row each, and of the cell itself, the best mean above."""
+    """Final returns of the variants of one cell, a row each, and of the cell itself, the best mean above.
+
+    Of the cell itself only the seeds count that a variant has too, if there are any.
+    """
+    varied = runs["variant"] != ""
+    shared = varied | runs["seed"].isin(runs["seed"][varied])
+    runs = runs[shared] if (shared & ~varied).any() else runs
     groups = dict(list(runs.groupby("variant")["return"]))
     order = sorted(groups, key=lambda variant: -groups[variant].mean())
     figure, axis = plt.subplots(figsize=(8, 0.24 * len(order) + 1), layout="constrained")
@@ -188,7 +198,7 @@ def draw_variants(runs: pd.DataFrame, path: Path) -> None:
 def draw_published(results: pd.DataFrame, published: pd.DataFrame, path: Path) -> None:
     """Final returns on a scale on which a random policy has 0 and the published number 1, in the order of the grid.
 
-    A band an environment, a row a script and budget; the axis is logarithmic above 2.
+    A band an environment, a row a script and budget; the axis is logarithmic beyond 2 and -2.
     """
     cells = dict(list(results[results["variant"] == ""].groupby(["env_id", "steps", "script", "variant"])))
     bands = {}
@@ -218,7 +228,7 @@ def draw_published(results: pd.DataFrame, published: pd.DataFrame, path: Path) -
     axis.set_xticks(ticks := (0, 1, 2, 5, 10, 20), map(str, ticks))
     axis.minorticks_off()
     axis.set_xlim(left=min(values.min() for *_, values in rows) - 0.1)
-    axis.set_xlabel("return: 0 that of a random policy, 1 the published one (logarithmic above 2)", fontsize=9)
+    axis.set_xlabel("return: 0 that of a random policy, 1 the published one (logarithmic beyond ±2)", fontsize=9)
     axis.tick_params(axis="x", labelsize=8)
     axis.grid(alpha=0.3, axis="x")
     figure.legend(labels.values(), labels, fontsize=8, loc="outside upper center", ncols=7)
@@ -243,13 +253,11 @@ def number(x: float) -> str:
 
 
 def spread(returns: np.ndarray) -> str:
-    """The interval of the mean, of fewer than five runs the range: a bootstrap of those would say no more."""
+    """`interval` in Markdown: that of the mean in square brackets, the range in round ones."""
+    low, high = (number(x) for x in interval(returns))
     if len(returns) < 2:
         return ""
-    if len(returns) < 5:
-        return f" ({number(min(returns))} to {number(max(returns))})"
-    low, high = interval(returns)
-    return f" [{number(low)}, {number(high)}]"
+    return f" ({low} to {high})" if len(returns) < FEWEST_TO_RESAMPLE else f" [{low}, {high}]"
 
 
 def linked(source: str) -> str:
@@ -335,14 +343,15 @@ def scores_of(runs: pd.DataFrame) -> dict[tuple, dict[str, np.ndarray]]:
             env_ids = tuple(env_id for env_id in ENVIRONMENTS if env_id in returns[a] and env_id in returns[b])
             if len(env_ids) < 2:
                 continue
-            group = {script: [x[e] for e in env_ids] for script, x in returns.items() if set(env_ids) <= set(x)}
+            group = {}
+            for script, x in returns.items():
+                if set(env_ids) <= set(x):
+                    fewest = min(len(x[env_id]) for env_id in env_ids)
+                    group[script] = np.stack([x[env_id][-fewest:] for env_id in env_ids], axis=1)
             zero = np.array([ENVIRONMENTS[env_id][1] for env_id in env_ids])
-            span = np.max([[x.mean() for x in cells] for cells in group.values()], axis=0) - zero
-            for script, cells in group.items():
-                fewest = min(map(len, cells))
-                scores = np.stack([x[-fewest:] for x in cells], axis=1)
-                group[script] = (scores - zero) / np.where(span > 0, span, 1)
-            groups[suite, side, env_ids] = group
+            span = np.max([x.mean(0) for x in group.values()], axis=0) - zero
+            span = np.where(span > 0, span, 1)
+            groups[suite, side, env_ids] = {script: (x - zero) / span for script, x in group.items()}
     return groups
 
 
@@ -381,8 +390,11 @@ def aggregates(runs: pd.DataFrame, reps: int) -> str:
             "Scores: 0 is a random policy, 1 the best mean return among the scripts compared, each after its smallest",
             "number of steps in the table. Those differ, up to tenfold: this compares scripts with their settings, not",
             "algorithms at the same cost. Of each cell as many seeds count, the last ones, as the script's smallest",
-            "cell has. IQM is the mean of the middle half of the scores, the probability of improvement that of a run",
-            "to beat one of the other script ([rliable](https://arxiv.org/abs/2108.13264)).",
+            "cell has. IQM is the mean of the scores without the highest and the lowest quarter (rounded down), the",
+            "probability of improvement that of a run to beat one of the other script on the same environment, where",
+            "a tie counts half, in the mean over the environments ([rliable](https://arxiv.org/abs/2108.13264)). The",
+            "intervals take the 0 and the 1 as given, and are narrow: of normal scores that of the IQM holds the true",
+            "one in 86 % of cases with 3 runs on 3 environments, in 91 % with 5 on 8, in 93 % with 10 on 5.",
             "",
         ] + lines
     return "\n".join(lines)

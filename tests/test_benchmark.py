@@ -650,12 +650,15 @@ def test_variants_stand_below_each_other_the_best_mean_above(plot, tmp_path, mon
     shown = []
     monkeypatch.setattr(plot.plt, "close", shown.append)
     returns = {"": (5.0, 7.0), "better": (9.0,), "worse": (1.0, 2.0, 6.0)}
-    runs = [{"variant": variant, "return": x} for variant, some in returns.items() for x in some]
-    plot.draw_variants(plot.pd.DataFrame(runs), tmp_path / "variants.png")
+    runs = [{"variant": v, "return": x, "seed": seed} for v, some in returns.items() for seed, x in enumerate(some)]
+    unpaired = {"variant": "", "return": 99.0, "seed": 3}  # no variant has this seed
+    plot.draw_variants(plot.pd.DataFrame([*runs, unpaired]), tmp_path / "variants.png")
     assert drawn(shown[0]) == [([9.0], 9.0), ([5.0, 7.0], 6.0), ([1.0, 2.0, 6.0], 3.0)]
     (axis,) = shown[0].axes
     assert [label.get_text() for label in axis.get_yticklabels()] == ["better (1)", "as it is (2)", "worse (3)"]
     assert list(axis.lines[0].get_xdata()) == [6.0, 6.0]
+    plot.draw_variants(plot.pd.DataFrame([unpaired, *runs[2:]]), tmp_path / "variants.png")
+    assert drawn(shown[1])[0] == ([99.0], 99.0), "better than none"
 
 
 def test_a_published_number_is_1_and_a_random_policy_0(plot, tmp_path, monkeypatch):
@@ -751,7 +754,7 @@ def test_scores_put_a_random_policy_at_0_and_the_best_mean_at_1(plot, tmp_path):
     few = runs[~((runs["script"] == "td3") & (runs["env_id"] == "Hopper-v5") & (runs["seed"] == 11))]
     assert all("td3" not in scripts for scripts in plot.scores_of(few).values()), "two seeds are too few"
     first = runs[(runs["script"] == "td3") & (runs["env_id"] == "Hopper-v5") & (runs["seed"] == 11)]
-    more = plot.pd.concat([first.assign(seed=10, **{"return": -1e6}), runs])
+    more = plot.pd.concat([first.assign(seed=10, **{"return": 1e6}), runs])
     for before, after in zip(group.values(), *(x.values() for x in plot.scores_of(more).values())):
         assert after == pytest.approx(before), "of more seeds on one environment the last ones count"
     assert not plot.scores_of(runs[runs["script"] == "sac"]), "a script alone is compared with nothing"
@@ -783,6 +786,8 @@ def test_the_interval_is_that_of_the_mean(plot):
     error = 1.96 * values.std(0) / 200**0.5
     assert low == pytest.approx(values.mean(0) - error, abs=0.05)
     assert high == pytest.approx(values.mean(0) + error, abs=0.05)
+    low, high = plot.interval(values[:4])
+    assert (low == values[:4].min(0)).all() and (high == values[:4].max(0)).all(), "of a few seeds the range"
 
 
 def test_runs_of_a_wandb_project(plot):
