@@ -13,26 +13,27 @@ In each update, on a minibatch of a replay buffer (Algorithm 1 of the paper):
 
 E is the mean over transitions (s, a, r, s') from the buffer: state, action, reward, next state. Q(s, a), the critic,
 estimates the discounted return that follows action a in state s. A prime marks what comes next (s', a'), and on a
-network (Q') its target network. No gradient goes through y, and each loss moves its own networks only.
+network (Q') its target network. No gradient goes through y, and each loss moves its own parameters only.
 
 Q-learning needs the maximum of Q over the actions. Over continuous ones that is a search in itself, whose result the
-actor mu learns: grad J = E[ grad_a Q(s, a) grad mu(s) ] at a = mu(s), nearly that of the return (Silver et al. 2014).
+actor mu learns: grad J = E[ grad_a Q(s, a) grad mu(s) ] at a = mu(s), close to the return's own (Silver et al. 2014).
 
 Learning is off-policy: the networks choose the action in s', so transitions of older policies serve as well.
-To explore, Gaussian noise is added to mu(s) (DDPG's was correlated in time; Fujimoto et al. 2018 found that no better).
+To explore, the first --learning-starts actions are random; later ones are mu(s) plus Gaussian noise, clipped to -1, 1.
 
 After termination there is no further reward. A time limit (truncation) only cuts the episode short: y still has what
 would have followed s'.
 Actions are in units where the bounds of each dimension are -1 and 1.
 
-Lillicrap et al. 2016, "Continuous control with deep reinforcement learning", arXiv 1509.02971. Silver et al. 2014,
-"Deterministic policy gradient algorithms", ICML 31. Fujimoto et al. 2018, arXiv 1802.09477, is td3.py's paper.
+Lillicrap et al. 2016, "Continuous control with deep reinforcement learning", arXiv 1509.02971 (there correlated noise,
+batch normalisation, weight decay). Silver et al. 2014, "Deterministic policy gradient algorithms", ICML 31.
 
     python ddpg.py                                                 # Pendulum-v1
     python ddpg.py --env-id HalfCheetah-v5 --total-timesteps 100000 --learning-starts 5000
     python ddpg.py --resume runs/FOLDER --capture-video            # film a finished run
 
-The diff from dqn.py: an actor for the maximum, noise for epsilon, squared errors, targets that follow in each update.
+The diff from dqn.py: an actor in place of the maximum (so nothing is left of --double), noise in place of epsilon,
+squared errors, targets that follow in each update, a constant learning rate.
 """
 
 import copy

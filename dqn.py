@@ -13,10 +13,10 @@ In each update, on a minibatch of a replay buffer (Algorithm 1 of the paper):
 
 E is the mean over transitions (s, a, r, s') from the buffer: state, action, reward, next state. Q(s, a), the critic,
 estimates the discounted return that follows action a in state s. A prime marks what comes next (s', a'), and on a
-network (Q') its target network. No gradient goes through y, and each loss moves its own networks only.
+network (Q') its target network. No gradient goes through y, and each loss moves its own parameters only.
 
 The buffer makes minibatches of transitions that are nearly independent. Q' stands still for a while and then becomes a
-copy of Q (tau is 1), so y does not chase each update. l(x) is x^2 / 2 up to |x| = delta, then linear (Huber; paper: 1).
+copy of Q (tau is 1), so y does not chase each update. Huber's l(x): x^2 / 2 up to |x| = delta (paper: 1), then linear.
 
 --double   (the default) the maximum of noisy values is too high, so one network chooses a', the other rates it
 --dueling  Q(s, a) = V(s) + A(s, a) - mean_b A(s, b): every transition teaches V, whatever its action
@@ -27,14 +27,14 @@ To explore, the first --learning-starts actions are random, later ones with prob
 After termination there is no further reward. A time limit (truncation) only cuts the episode short: y still has what
 would have followed s'.
 
-Mnih et al. 2015, "Human-level control through deep reinforcement learning", Nature 518 (with RMSprop). Double: van
-Hasselt, Guez and Silver 2016, arXiv 1509.06461. Dueling: Wang et al. 2016, arXiv 1511.06581 (with two layers a head).
+Mnih et al. 2015, "Human-level control through deep reinforcement learning", Nature 518 (there RMSprop). Double: van
+Hasselt, Guez and Silver 2016, arXiv 1509.06461. Dueling: Wang et al. 2016, arXiv 1511.06581 (there two layers a head).
 
     python dqn.py                                                  # CartPole-v1, which the defaults suit
     python dqn.py --env-id Acrobot-v1 --total-timesteps 100000
     python dqn.py --resume runs/FOLDER --capture-video             # film a finished run
 
-The next script is ddpg.py, for continuous actions: the diff is above all an actor for the maximum.
+The next script is ddpg.py, for continuous actions: the diff is above all an actor in place of the maximum.
 """
 
 import copy
@@ -254,7 +254,7 @@ def critic_loss(agent: Agent, args: Args, batch: Transitions) -> tuple[Tensor, d
         target = batch.reward + args.gamma * next_value * ~batch.terminated
     q = agent.critic(batch.obs).gather(-1, batch.action.unsqueeze(-1)).squeeze(-1)
     loss = nn.functional.huber_loss(q, target, delta=args.huber_delta)
-    return loss, {"losses/td_loss": loss.detach(), "losses/q_values": q.detach().mean()}
+    return loss, {"losses/qf_loss": loss.detach(), "losses/qf_values": q.detach().mean()}
 
 
 def critic_gradients(agent: Agent, args: Args, batch: Transitions) -> dict[str, Tensor]:

@@ -2,43 +2,44 @@
 # requires-python = ">=3.11"
 # dependencies = ["torch>=2.13", "gymnasium[classic-control,mujoco]>=1.4", "tyro>=1.0", "wandb", "numpy", "tqdm"]
 # ///
-"""Soft Actor-Critic: a policy that stays as random as the rewards allow.
+"""Soft Actor-Critic: a policy that is rewarded for staying random.
 
 In each update, on a minibatch of a replay buffer (Algorithm 1 of the paper):
 
-    a'       = tanh(u'),  u' = m(s') + sigma(s') noise          drawn from the policy pi, the noise is Gaussian
+    a'       = tanh(u'),  u' = m(s') + sigma(s') noise          drawn from the policy pi, the noise is N(0, 1)
     y        = r + gamma (1 - terminated) (min_i Qi'(s', a') - alpha log pi(a'|s'))
     L(Q)     = E[ (Q1(s, a) - y)^2 + (Q2(s, a) - y)^2 ]         the critics go down L
     J(pi)    = E[ min_i Qi(s, a) - alpha log pi(a|s) ]          the actor goes up J, a drawn from pi as a' above
-    L(alpha) = E[ -alpha (log pi(a|s) - dim(a)) ]               log alpha goes down L until the entropy is -dim(a)
+    L(alpha) = E[ -alpha (log pi(a|s) - dim(a)) ]               --autotune: log alpha goes down L, entropy to -dim(a)
     Q'       = tau Q + (1 - tau) Q'                             the target networks follow slowly
 
 E is the mean over transitions (s, a, r, s') from the buffer: state, action, reward, next state. Q(s, a), the critic,
 estimates the discounted return that follows action a in state s. A prime marks what comes next (s', a'), and on a
-network (Q') its target network. No gradient goes through y, and each loss moves its own networks only.
+network (Q') its target network. No gradient goes through y, and each loss moves its own parameters only.
 
 An actor that climbs Q finds the errors of Q that look like good actions, and the target spreads them. Two critics
 with different initial weights err differently: the lower of them seldom promises too much (clipped double Q-learning).
 
-The aim is the return plus, at each step, alpha times the entropy E[ -log pi(a|s) ]: the policy explores by itself and
-keeps all actions that are equally good. Q counts the bonuses of later steps. log pi(a|s) is the log density of the
-Gaussian at u less the log of da/du = 1 - tanh(u)^2 for each of its dim(a) dimensions. J has a gradient because a is a
-function of the actor's outputs m and sigma and of a noise that depends on neither (the reparameterization trick).
+The aim is the return plus, at each step, alpha times the entropy E[ -log pi(a|s) ]; Q counts the bonuses of later
+steps. log pi(a|s) is the log density of the Gaussian at u less the log of da/du = 1 - tanh(u)^2 for each of its dim(a)
+dimensions. J has a gradient because a is a function of the actor's outputs m and sigma and of a noise that depends on
+neither (the reparameterization trick).
 
 Learning is off-policy: the networks choose the action in s', so transitions of older policies serve as well.
+To explore, the first --learning-starts actions are random; later ones are drawn from pi.
 
 After termination there is no further reward. A time limit (truncation) only cuts the episode short: y still has what
 would have followed s'.
 Actions are in units where the bounds of each dimension are -1 and 1.
 
-Haarnoja et al. 2018, "Soft actor-critic algorithms and applications", arXiv 1812.05905.
+Haarnoja et al. 2018, "Soft actor-critic algorithms and applications", arXiv 1812.05905 (there L(Q)/2, steps on alpha).
 
     python sac.py                                                  # Pendulum-v1
     python sac.py --env-id HalfCheetah-v5 --total-timesteps 100000 --learning-starts 10000
     python sac.py --resume runs/FOLDER --capture-video             # film a finished run
 
-The diff from td3.py is the random policy with its entropy, and the temperature alpha that sets how random it is. Its
-own noise smooths the target, so TD3's goes; so do target actor and delay, and the actor climbs the lower critic.
+The diff from td3.py is the random policy with its entropy, and the temperature alpha that sets how random it is. The
+policy's noise smooths the target, so TD3's goes; so do target actor and delay, and the actor climbs the lower critic.
 """
 
 import copy

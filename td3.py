@@ -6,7 +6,7 @@
 
 In each update, on a minibatch of a replay buffer (Algorithm 1 of the paper):
 
-    a'       = clip(mu'(s') + clip(noise, -c, c), -1, 1)        target policy smoothing, the noise is Gaussian
+    a'       = clip(mu'(s') + clip(noise, -c, c), -1, 1)        target policy smoothing, noise N(0, sigma^2)
     y        = r + gamma (1 - terminated) min_i Qi'(s', a')     the target of both critics, Q1 and Q2
     L(Q)     = E[ (Q1(s, a) - y)^2 + (Q2(s, a) - y)^2 ]         the critics go down L
     J(mu)    = E[ Q1(s, mu(s)) ]                                the actor goes up J, in the first of every d updates
@@ -14,15 +14,15 @@ In each update, on a minibatch of a replay buffer (Algorithm 1 of the paper):
 
 E is the mean over transitions (s, a, r, s') from the buffer: state, action, reward, next state. Q(s, a), the critic,
 estimates the discounted return that follows action a in state s. A prime marks what comes next (s', a'), and on a
-network (Q') its target network. No gradient goes through y, and each loss moves its own networks only.
+network (Q') its target network. No gradient goes through y, and each loss moves its own parameters only.
 
 An actor that climbs Q finds the errors of Q that look like good actions, and the target spreads them. Two critics
 with different initial weights err differently: the lower of them seldom promises too much (clipped double Q-learning).
 The noise in a' averages Q' over similar actions, so that no narrow peak pays; c is --noise-clip. The delay lets the
-critics settle before the actor follows them; d is --policy-frequency.
+critics settle before the actor follows them; d is --policy-frequency, sigma --policy-noise.
 
 Learning is off-policy: the networks choose the action in s', so transitions of older policies serve as well.
-To explore, Gaussian noise is added to mu(s) (DDPG's was correlated in time; Fujimoto et al. 2018 found that no better).
+To explore, the first --learning-starts actions are random; later ones are mu(s) plus Gaussian noise, clipped to -1, 1.
 
 After termination there is no further reward. A time limit (truncation) only cuts the episode short: y still has what
 would have followed s'.
@@ -99,7 +99,7 @@ class Args:
     tau: float = 0.005  # how far a target network moves towards its network when it is updated; 1 copies it
     q_lr: float = 1e-3  # step size of Q
     exploration_noise: float = 0.1  # standard deviation of the noise on actions, in units where bounds are +-1
-    policy_frequency: int = 2  # d: updates of the critics for one of the policy and the target networks
+    policy_frequency: int = 2  # d: updates of the critics for one of the actor and the target networks
     policy_noise: float = 0.2  # standard deviation of the noise on the actions of the target, in the same units
     noise_clip: float = 0.5  # c: the largest noise on the actions of the target
 

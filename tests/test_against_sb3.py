@@ -310,7 +310,7 @@ def test_dqn_takes_the_steps_of_stable_baselines3(monkeypatch):
         dqn.polyak(agent.target_critic, agent.critic, args.tau)
         model.train(gradient_steps=1, batch_size=BATCH_SIZE)
         model._on_step()
-        assert_same(dqn, agent, model, row, {"losses/td_loss": model.logger.name_to_value["train/loss"]})
+        assert_same(dqn, agent, model, row, {"losses/qf_loss": model.logger.name_to_value["train/loss"]})
 
 
 def test_ddpg_takes_the_steps_of_stable_baselines3(monkeypatch):

@@ -111,8 +111,8 @@ def test_the_loss_of_dqn_by_hand(double, dueling, delta):
     assert differ and batch.terminated.any() and not batch.terminated.all()
     loss, log = dqn.critic_loss(agent, args, batch)
     assert loss.item() == pytest.approx(sum(losses) / 50, rel=1e-9)
-    assert log["losses/td_loss"].item() == loss.item()
-    assert log["losses/q_values"].item() == pytest.approx(q.gather(1, batch.action[:, None]).mean().item())
+    assert log["losses/qf_loss"].item() == loss.item()
+    assert log["losses/qf_values"].item() == pytest.approx(q.gather(1, batch.action[:, None]).mean().item())
 
 
 @pytest.mark.parametrize("double", (False, True))
