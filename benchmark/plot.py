@@ -172,14 +172,16 @@ def draw_cell(axis, place: float, values: np.ndarray, color: object) -> None:
     axis.plot(values.mean(), place, "|", color=color, markersize=9, markeredgewidth=2.5)
 
 
-def draw_variants(runs: pd.DataFrame, path: Path) -> None:
-    """Final returns of the variants of one cell, a row each, and of the cell itself, the best mean above.
-
-    Of the cell itself only the seeds count that a variant has too, if there are any.
-    """
+def beside_variants(runs: pd.DataFrame) -> pd.DataFrame:
+    """The variants of one cell, and the cell itself: if there are any, with the seeds only that a variant has too."""
     varied = runs["variant"] != ""
     shared = varied | runs["seed"].isin(runs["seed"][varied])
-    runs = runs[shared] if (shared & ~varied).any() else runs
+    return runs[shared] if (shared & ~varied).any() else runs
+
+
+def draw_variants(runs: pd.DataFrame, path: Path) -> None:
+    """Final returns of the variants of one cell, a row each, and of the cell itself, the best mean above."""
+    runs = beside_variants(runs)
     groups = dict(list(runs.groupby("variant")["return"]))
     order = sorted(groups, key=lambda variant: -groups[variant].mean())
     figure, axis = plt.subplots(figsize=(8, 0.24 * len(order) + 1), layout="constrained")
@@ -427,7 +429,8 @@ def main(options: Options) -> None:
     if len(varied) and (cells[runs["variant"] == ""] == varied.index[0]).any():  # the cell that has most of them
         draw_variants(runs[cells == varied.index[0]], options.out / "variants.png")
     if len(plain) < len(runs):
-        (options.out / "variants.md").write_text(results_table(runs[runs["variant"] != ""], published) + "\n")
+        beside = pd.concat([beside_variants(runs[cells == cell]) for cell in varied.index])
+        (options.out / "variants.md").write_text(results_table(beside, published) + "\n")
     parts = [results_table(plain, published)]
     if peers is not None:
         parts.append(peers_table(runs, peers.drop_duplicates(["script", "env_id", "steps", "seed"])))

@@ -266,12 +266,11 @@ class Table:
         if not self.live:
             return
         width, most = shutil.get_terminal_size()
-        lines = []
-        for job in running:
-            if (step := progress(job)) is not None:
-                lines.append(f"  {job.title:60} {step:>12,}")
-        left = Counter(job.title.split(" seed ")[0] for job in waiting)
-        all_jobs = {"running": running, "waiting": waiting} | ended
+        steps = [(job, progress(job)) for job in running]
+        lines = [f"  {job.title:60} {step:>12,}" for job, step in steps if step is not None]
+        silent = [job for job, step in steps if step is None]  # without a row yet, or in the queue of Ray
+        left = Counter(job.title.split(" seed ")[0] for job in [*silent, *waiting])
+        all_jobs = {"running": lines, "starting or queued": silent, "waiting": waiting} | ended
         counts = ", ".join(f"{len(jobs)} {name}" for name, jobs in all_jobs.items() if jobs)
         lines = lines[: most - 4] + [f"{counts}; {(time.monotonic() - self.start) / 60:.0f} minutes"]
         lines += ["left: " + ", ".join(f"{title} ×{count}" for title, count in left.items())] if left else []

@@ -72,7 +72,8 @@ def test_every_experiment_has_flags_that_its_script_takes():
     for e in experiments.EXPERIMENTS:
         args = tyro.cli(module(e.script).Args, args=e.command(seed=11))
         assert (args.env_id, args.seed, args.total_timesteps, args.eval_episodes) == (e.env_id, 11, e.steps, 20)
-        assert e.source and e.env_id in experiments.ENVIRONMENTS and e.script in SCRIPTS
+        assert e.env_id in experiments.ENVIRONMENTS and e.script in SCRIPTS
+        assert e.source.split()[0].strip(",") in ("after", "ours", "defaults")
         assert not set(experiments.seeds_of("report", e)) & set(experiments.CHOOSE)
         if e.script == "ppo":
             assert args.num_envs * args.num_steps % args.num_minibatches == 0
@@ -276,6 +277,9 @@ def test_the_table_shows_what_runs_and_what_is_left(capsys, monkeypatch, tmp_pat
         and "1 running, 2 waiting, 1 done; 0 min" in out
     )
     assert "left: ppo CartPole-v1 3,000 steps ×2" in out and "\x1b[3A" in out
+    table.draw([running, waiting[0]._replace(folder=str(tmp_path / "queued"))], [], {})  # Ray takes more than it runs
+    out = capsys.readouterr().out
+    assert "1 running, 1 starting or queued; 0 min" in out and "left: ppo CartPole-v1 3,000 steps ×1" in out
     for text in ("", '{"global_st'):
         (folder / "metrics.jsonl").write_text(text)
         assert run.progress(running) is None
@@ -591,6 +595,8 @@ def test_figures_and_tables(plot, tmp_path, capsys):
     assert "| Hopper-v5 | sac | 100,000 | **5,012** (5,011 to 5,014) | 11–12, 14 | 2,613 ± 990.8, 10 runs |" in text
     variants = (tmp_path / "figures/variants.md").read_text()
     assert "| Hopper-v5 | sac: `no-autotune` | 100,000 | 5,014 | 3* |" in variants and "seeds of 1–5, on" in variants
+    assert "| Hopper-v5 | sac | 100,000 | **5,012** (5,011 to 5,014) | 11–12, 14 |" in variants
+    assert "td3" not in variants and "HalfCheetah" not in variants, "which have no variants"
     assert "no-autotune" not in text and "settings were chosen" not in text
     one = plot.load(plot.Options(tables=tmp_path)).query("env_id == 'Hopper-v5' and script == 'sac' and seed == 11")
     single = plot.results_table(one, plot.pd.read_csv(plot.Options().published))
