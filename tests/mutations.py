@@ -943,8 +943,16 @@ MUTATIONS = [
     Mutation("no search for NaN in the losses", "*", "if not math.isfinite(x)]", "if False]"),
     Mutation("infinite returns pass", "*", "        self.check_finite(row, states={})  # returns", "        # returns"),
     Mutation("infinite losses pass", "*", "if not math.isfinite(x)]", "if math.isnan(x)]"),
+    Mutation("no search for NaN in what a checkpoint holds", "*", "else on_cpu, states)\n", "else on_cpu, {})\n"),
+    Mutation("each step waits for the losses of the GPU", "*", "row if log or checkpoint else on_cpu", "row"),
     Mutation(
-        "no search for NaN in what a checkpoint holds", "*", "check_finite(row, states)\n", "check_finite(row, {})\n"
+        "--compile compiles nothing", "*", "    if args.compile:\n", "    if args.compile and dist.is_initialized():\n"
+    ),
+    Mutation(
+        "a buffer may be half as large again as the memory",
+        "dqn.py ddpg.py td3.py sac.py",
+        "megabytes * 1e6 < free",
+        "megabytes * 1e6 < 1.5 * free",
     ),
     Mutation(
         "no return in a row with a single episode",

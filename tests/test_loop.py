@@ -594,6 +594,18 @@ def test_a_loss_that_is_not_finite_ends_the_run_in_a_line(module, number, quiet,
 
 
 @everywhere
+def test_a_loss_on_a_gpu_is_looked_at_in_rows_only(module, quiet):
+    """To look is to wait for the GPU. A meta tensor is not on the CPU either, and nobody can look at it."""
+    with module.Run(module.Args(**quiet | {"log_every": 10}), {"step": 0, "states": {}}) as run:
+        far = {"losses/far": torch.empty((), device="meta")}
+        run.advance(9, far)
+        with pytest.raises(RuntimeError, match="meta"):
+            run.advance(10, far)
+        with pytest.raises(SystemExit):
+            run.advance(11, far | {"losses/near": torch.tensor(float("nan"))})
+
+
+@everywhere
 def test_a_return_that_is_not_finite_ends_the_run_and_is_no_row(module, quiet, capsys):
     """JSON has no number for it, and the losses may be finite all the same, as before dqn.py learns."""
     with module.Run(module.Args(**quiet | {"log_every": 5}), {"step": 0, "states": {}}) as run:

@@ -718,6 +718,17 @@ def test_a_buffer_says_its_size_and_refuses_one_that_cannot_fit(module, capsys):
     assert module.free_memory(CPU) > 1e8
 
 
+@everywhere
+def test_the_memory_that_is_free_decides_whether_a_buffer_fits(module, monkeypatch):
+    envs = spaces(action_space(module), obs_dim=1000)
+    size = 1000 * sum(math.prod(x.shape[1:]) * x.itemsize for x in module.ReplayBuffer(envs, 1, CPU).rows)
+    monkeypatch.setattr(module, "free_memory", lambda device: size + 1)
+    module.ReplayBuffer(envs, 1000, CPU)
+    monkeypatch.setattr(module, "free_memory", lambda device: size - 1)
+    with pytest.raises(SystemExit):
+        module.ReplayBuffer(envs, 1000, CPU)
+
+
 # ----- compilation
 
 
@@ -746,6 +757,28 @@ def test_compiled_updates_agree_with_the_eager_ones(module):
     torch._inductor.config.fallback_random = False
     for name, x in states[0].items():
         torch.testing.assert_close(states[1][name], x, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("module", (reinforce, a2c, ppo, dqn, ddpg, td3, sac))
+@pytest.mark.parametrize("device, mode", (("cpu", "default"), ("cuda", "reduce-overhead")))
+def test_compile_makes_one_graph_of_the_whole_function(module, device, mode, monkeypatch):
+    """On CUDA a CUDA graph, whose results are copied before it runs again."""
+    asked, results = [], {"losses/x": torch.ones(())}
+
+    def function(x):
+        raise AssertionError("not compiled")
+
+    def compiler(function, **options):
+        asked.append((function, options))
+        return lambda x: results | {"x": x}
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    accelerated = module.accelerated(function, module.Args(compile=True), torch.device(device))
+    assert asked == [(function, {"fullgraph": True, "mode": mode})]
+    log = accelerated(torch.zeros(()))
+    results["losses/x"].add_(1)
+    assert log == {"losses/x": 1, "x": 0}
+    assert module.accelerated(function, module.Args(compile=False, onednn=False), CPU) is function
 
 
 # ----- products of matrices -------------------------------------------------------------------------------------------
