@@ -293,6 +293,20 @@ def test_track_names_group_and_tags(monkeypatch, tmp_path):
     assert work.command[work.command.index("--wandb-group") + 1] == "ppo__HalfCheetah-v5__1000000__one-env"
 
 
+def test_a_tracked_run_has_its_group_and_tags(monkeypatch, tmp_path):
+    run = module("run")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    options = run.Options(scripts=("ppo",), envs=("CartPole-v1",), seeds="1", track=True, runs_dir=tmp_path)
+    (work,) = run.jobs_of(dataclasses.replace(options, flags="--total-timesteps 1024 --eval-episodes 1"))
+    assert run.execute(work, threading.Event()) == "done"
+    (log,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    inspect = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", log]
+    shown = subprocess.run(inspect, env=environment(), capture_output=True, text=True, check=True).stdout
+    (sent,) = (record["run"] for record in map(json.loads, shown.splitlines()) if record["type"] == "run")
+    assert sent["run_group"].startswith("ppo__CartPole-v1__1024__") and sent["project"] == "rungs"
+    assert sent["tags"][:3] == ["classic", "ppo", "CartPole-v1"]
+
+
 @pytest.fixture
 def edited_ppo(tmp_path):
     """Makes the module of ppo.py as a variant of the ablation has it, by the variant's name."""
