@@ -695,7 +695,7 @@ class Run:
         self.step = step
         wanted = self.states if checkpoint else ["agent"] if finished else []
         states = {name: self.states[name].state_dict() for name in wanted}
-        on_cpu = {k: x for k, x in row.items() if not isinstance(x, Tensor) or x.is_cpu}  # to look at others is to wait
+        on_cpu = {k: x for k, x in row.items() if not isinstance(x, Tensor) or x.is_cpu}  # on a GPU a look waits
         self.check_finite(row if log or checkpoint else on_cpu, states)
         if log or checkpoint:
             row = {name: float(x) for name, x in row.items()}
