@@ -7,16 +7,16 @@
 Maximises, by one RMSprop step on each rollout of T steps in N environments (Mnih et al. 2016, section 4):
 
     L(theta) = E[ log pi(a|s) A - c1 (V(s) - R)^2 / 2 + c2 H(pi(.|s)) ]
-    delta_t  = r_t + gamma (1 - terminated_t) V(s_{t+1}) - V(s_t)      the TD error, s_{t+1} the true next state
+    delta_t  = r_t + gamma (1 - terminated_t) V(s_{t+1}) - V(s_t)      the TD error, s_{t+1} before any reset
     A_t      = delta_t + gamma lambda (1 - done_t) A_{t+1}             the advantage, GAE(lambda), 0 after the rollout
     R_t      = A_t + V(s_t)                                            the target of the value
 
-E is the mean over the steps of the rollout, pi the policy with the parameters theta, V the critic, H the entropy. r_t
-is scaled (--norm-reward). A and R are constants in L. With lambda = 1 the TD errors in A telescope, and R_t is the
-paper's n-step return r_t + gamma r_{t+1} + ... + gamma^n V(s_{t+n}), n the steps left in the rollout or the episode.
+E is the mean over the steps of the rollout, theta the parameters of the policy pi and the critic V, H the entropy. r_t
+is scaled (--norm-reward). A and R are constants in L. With lambda = 1 the TD errors in A telescope: R_t is the paper's
+n-step return r_t + ... + gamma^n V(s_{t+n}), n steps up to the end of the rollout or episode, V = 0 once terminated.
 
-After termination there is no further reward. A time limit (truncation) only breaks off, as a rollout's end does: V of
-the state reached stands for the rewards to come. `done` is terminated or truncated: no sum runs on into a new episode.
+After termination there is no further reward. A time limit (truncation) or the rollout's end only breaks an episode off:
+V of the state reached stands for the rewards to come. `done`, terminated or truncated, keeps A_t within its episode.
 
 Mnih et al. 2016 (A3C), "Asynchronous Methods for Deep Reinforcement Learning", arXiv 1602.01783: there each environment
 has a thread, here all step together. GAE: Schulman et al. 2016, arXiv 1506.02438.
@@ -27,7 +27,7 @@ has a thread, here all step together. GAE: Schulman et al. 2016, arXiv 1506.0243
 
 The diff from reinforce.py is bootstrapping: the critic completes a return after a few steps, so there is no waiting for
 the end of an episode, and less noise; the price is a bias where V is wrong. From the paper come RMSprop (there with eps
-inside the root) and the entropy (here off), from OpenAI's Baselines the clipped gradient. Next is ppo.py.
+inside the root) and the entropy (here off), from OpenAI's Baselines c1 (no 1/2 there) and clipping. Next is ppo.py.
 """
 
 import atexit
@@ -69,7 +69,7 @@ class Args:
     gamma: float = 0.99  # discount factor
     device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"  # where to train; auto takes a GPU if there is one
     num_threads: int = 1  # CPU threads of torch; one is fastest for small networks, or if every core has a run
-    onednn: bool = False  # multiply matrices with oneDNN where it stays float32: faster with AVX-512, if they are wide
+    onednn: bool = False  # multiply with oneDNN where that stays float32: faster for wide layers on AMD with AVX-512
     compile: bool = False  # compile the loss and its gradient with torch.compile; on the CPU needs a C++ compiler
     track: bool = False  # log to Weights & Biases as well (WANDB_MODE=offline works)
     wandb_project_name: str = "rungs"  # project on Weights & Biases
@@ -85,9 +85,9 @@ class Args:
 
     hidden_sizes: tuple[int, int] = (64, 64)  # units of the two hidden layers of each network
     num_steps: int = 5  # steps of each environment in a rollout
-    gae_lambda: float = 1.0  # lambda of GAE: 1 is n-step returns minus V, 0 the TD error: less noise, more bias
+    gae_lambda: float = 1.0  # lambda of GAE: 1 for n-step returns minus V; 0 for the TD error, less noisy, more biased
     ent_coef: float = 0.0  # weight of the entropy, c2
-    vf_coef: float = 0.5  # weight of the value loss, c1; the optimizer's scaling cancels it, but in the clipped norm
+    vf_coef: float = 0.5  # weight of the value loss, c1; the optimizer's scaling cancels it, except in the clipped norm
     max_grad_norm: float = 0.5  # largest norm of the gradient; a longer one is scaled down
     anneal_lr: bool = True  # lower the learning rate linearly to zero
     norm_obs: bool = True  # normalise observations by their running mean and standard deviation
@@ -204,7 +204,8 @@ class RewardScaler(nn.Module):
             returns.append(reward_t + self.gamma * self.running_return)
             self.running_return = returns[-1] * ~done_t
         self.statistics.update(torch.stack(returns).reshape(-1, 1))
-        return reward * (self.statistics.var + 1e-8).rsqrt()
+        var = self.statistics.var
+        return reward * torch.where(var > 0, var + 1e-8, 1.0).rsqrt()  # equal returns so far give no scale
 
 
 class Agent(nn.Module):
@@ -255,7 +256,7 @@ class Rollout(NamedTuple):
     obs: Tensor  # (T, N, obs_dim) float32
     action: Tensor  # (T, N) int64 or (T, N, action_dim) float32, as the policy drew them
     reward: Tensor  # (T, N) float32
-    next_obs: Tensor  # (T, N, obs_dim) float32, what the step led to: at the end of an episode its own last one
+    next_obs: Tensor  # (T, N, obs_dim) float32, what the step led to, before any reset
     terminated: Tensor  # (T, N) bool
     done: Tensor  # (T, N) bool, terminated or truncated
 
@@ -303,7 +304,6 @@ def a2c_loss(agent: Agent, args: Args, batch: list[Tensor]) -> tuple[Tensor, dic
     value = agent.value(obs)
     value_error = (value - target).square()
     value_loss = value_error.mean() / 2
-
     entropy = entropy.mean()
     loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
     log = {
@@ -347,6 +347,7 @@ def train(args: Args) -> Path:
     for name in ("num_steps", "max_grad_norm"):
         require(getattr(args, name) > 0, f"--{name.replace('_', '-')} must be above 0")
     require(0 <= args.gae_lambda <= 1, "--gae-lambda must lie between 0 and 1")
+    require(math.isfinite(args.vf_coef) and math.isfinite(args.ent_coef), "--vf-coef and --ent-coef must be finite")
     batch_size = args.num_envs * args.num_steps
     device, rank, processes = join_processes(args, device)
     envs = make_envs(args, args.num_envs // processes)
@@ -396,7 +397,7 @@ def join_processes(args: Args, device: torch.device) -> tuple[torch.device, int,
     """The device and the number of this process, from 0, and how many torchrun started; without it 0 and 1.
 
     All have the same networks and learn from the same rollouts, but each steps only its share of the environments, and
-    has only its share of the work in each gradient. The first one writes the run. They talk by gloo from CPU to CPU,
+    computes only its share of each gradient. The first one writes the run. They talk by gloo from CPU to CPU,
     whatever the device: one way for all, and a gradient is small.
     """
     if dist.is_torchelastic_launched() and not dist.is_initialized():
@@ -537,7 +538,7 @@ def exchange(x) -> list:
 
 
 class Plain(gym.Wrapper):
-    """An environment without infos, whose names and shapes may clash, that overwrites no observation it gave."""
+    """An environment without infos, whose keys and shapes may clash, and with its own copy of each observation."""
 
     def reset(self, **options) -> tuple[np.ndarray, dict]:
         """The first observation of an episode."""
@@ -646,7 +647,7 @@ def load_run(args: Args) -> tuple[Args, dict]:
         require(script == SCRIPT, f"{where} that is a run of {script}.py")
         old = Args(**flags | {"resume": args.resume})
         with zipfile.ZipFile(folder / name) as file:
-            require(file.testzip() is None, f"{where} {name} is damaged")  # torch.load looks at no checksum
+            require(file.testzip() is None, f"{where} {name} is damaged")  # torch.load verifies no checksum
         saved = torch.load(folder / name, map_location="cpu", weights_only=True)
         if name == "agent.pt":  # the training is over; all that is left is to evaluate
             last_row = (folder / "metrics.jsonl").read_text().splitlines()[-1]
@@ -734,7 +735,7 @@ class Run:
         return self
 
     def on_signal(self, number: int, frame) -> None:
-        """Ctrl-C and SIGTERM end the run after this iteration, in the last evaluation and the second time at once."""
+        """Ctrl-C or SIGTERM ends the run after this iteration; a second one, or one in the last evaluation, at once."""
         self.signal = number
         if self.finished:  # all that is left is an evaluation
             raise SystemExit(128 + number)
@@ -822,7 +823,7 @@ class Run:
         return checkpoint
 
     def check_finite(self, row: dict[str, float | Tensor], states: dict[str, dict]) -> None:
-        """Ends the run if a loss is NaN or infinite, or the agent or the buffer that a checkpoint is about to hold."""
+        """Ends the run if a loss is NaN or infinite, or the agent or the buffer that is about to be saved."""
         bad = [name for name, x in row.items() if not math.isfinite(x)]
         tensors = [pair for state in states.values() for pair in state.items()]
         bad += [name for name, x in tensors if isinstance(x, Tensor) and not x.isfinite().all()]

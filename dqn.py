@@ -76,7 +76,7 @@ class Args:
     gamma: float = 0.99  # discount factor
     device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"  # where to train; auto takes a GPU if there is one
     num_threads: int = 1  # CPU threads of torch; one is fastest for small networks, or if every core has a run
-    onednn: bool = False  # multiply matrices with oneDNN where it stays float32: faster with AVX-512, if they are wide
+    onednn: bool = False  # multiply with oneDNN where that stays float32: faster for wide layers on AMD with AVX-512
     compile: bool = False  # compile the loss and its gradient with torch.compile; on the CPU needs a C++ compiler
     track: bool = False  # log to Weights & Biases as well (WANDB_MODE=offline works)
     wandb_project_name: str = "rungs"  # project on Weights & Biases
@@ -169,7 +169,7 @@ class Transitions(NamedTuple):
     obs: Tensor  # (B, obs_dim) float32, in the buffer uint8 if the environments' are
     action: Tensor  # (B,) int64 or (B, action_dim) float32, as the agent chose them
     reward: Tensor  # (B,) float32
-    next_obs: Tensor  # (B, obs_dim) as obs, what the step led to: at the end of an episode its own last one
+    next_obs: Tensor  # (B, obs_dim) as obs, what the step led to, before any reset
     terminated: Tensor  # (B,) bool
 
 
@@ -437,7 +437,7 @@ def exchange(x) -> list:
 
 
 class Plain(gym.Wrapper):
-    """An environment without infos, whose names and shapes may clash, that overwrites no observation it gave."""
+    """An environment without infos, whose keys and shapes may clash, and with its own copy of each observation."""
 
     def reset(self, **options) -> tuple[np.ndarray, dict]:
         """The first observation of an episode."""
@@ -546,7 +546,7 @@ def load_run(args: Args) -> tuple[Args, dict]:
         require(script == SCRIPT, f"{where} that is a run of {script}.py")
         old = Args(**flags | {"resume": args.resume})
         with zipfile.ZipFile(folder / name) as file:
-            require(file.testzip() is None, f"{where} {name} is damaged")  # torch.load looks at no checksum
+            require(file.testzip() is None, f"{where} {name} is damaged")  # torch.load verifies no checksum
         saved = torch.load(folder / name, map_location="cpu", weights_only=True)
         if name == "agent.pt":  # the training is over; all that is left is to evaluate
             last_row = (folder / "metrics.jsonl").read_text().splitlines()[-1]
@@ -634,7 +634,7 @@ class Run:
         return self
 
     def on_signal(self, number: int, frame) -> None:
-        """Ctrl-C and SIGTERM end the run after this iteration, in the last evaluation and the second time at once."""
+        """Ctrl-C or SIGTERM ends the run after this iteration; a second one, or one in the last evaluation, at once."""
         self.signal = number
         if self.finished:  # all that is left is an evaluation
             raise SystemExit(128 + number)
@@ -722,7 +722,7 @@ class Run:
         return checkpoint
 
     def check_finite(self, row: dict[str, float | Tensor], states: dict[str, dict]) -> None:
-        """Ends the run if a loss is NaN or infinite, or the agent or the buffer that a checkpoint is about to hold."""
+        """Ends the run if a loss is NaN or infinite, or the agent or the buffer that is about to be saved."""
         bad = [name for name, x in row.items() if not math.isfinite(x)]
         tensors = [pair for state in states.values() for pair in state.items()]
         bad += [name for name, x in tensors if isinstance(x, Tensor) and not x.isfinite().all()]

@@ -2,26 +2,26 @@
 # requires-python = ">=3.11"
 # dependencies = ["torch>=2.13", "gymnasium[classic-control,mujoco]>=1.4", "tyro>=1.0", "wandb", "numpy", "tqdm"]
 # ///
-"""Proximal Policy Optimization: many small steps on each rollout, with nothing to gain far from its policy.
+"""Proximal Policy Optimization: many small steps on each rollout, none rewarded for moving far from its policy.
 
 Maximises, by Adam on minibatches of the last rollout (PPO paper, equations 7, 9, 11, 12; the 1/2 as in OpenAI's ppo2):
 
     L(theta) = E[ min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) - c1 (V(s) - R)^2 / 2 + c2 H(pi(.|s)) ]
     ratio    = pi(a|s) / pi_old(a|s)
-    delta_t  = r_t + gamma (1 - terminated_t) V(s_{t+1}) - V(s_t)      the TD error, s_{t+1} the true next state
+    delta_t  = r_t + gamma (1 - terminated_t) V(s_{t+1}) - V(s_t)      the TD error, s_{t+1} before any reset
     A_t      = delta_t + gamma lambda (1 - done_t) A_{t+1}             the advantage, GAE(lambda), 0 after the rollout
     R_t      = A_t + V(s_t)                                            the target of the value
 
-E is the mean over the steps of a minibatch, pi the policy with the parameters theta, pi_old the one that collected the
-rollout, V the critic, H the entropy. pi_old, A and R are computed before the first step, constants in L. r_t is scaled
-(--norm-reward), and A to mean 0 and standard deviation 1 in each minibatch (--norm-adv, as in ppo2).
+E is the mean over the steps of a minibatch, theta the parameters of the policy pi and the critic V, pi_old the policy
+that collected the rollout, H the entropy. r_t is scaled (--norm-reward). pi_old, A and R are computed once per rollout,
+constants in L, where A (not in R) has mean 0 and standard deviation 1 in each minibatch (--norm-adv, as in ppo2).
 
 Where A > 0 the objective stops growing at ratio 1 + eps, where A < 0 at 1 - eps: going further earns nothing. The min
 keeps the unclipped term where the ratio went the wrong way, so that such a step can be undone. The clip takes away an
 incentive to leave pi_old; it does not bound the ratio.
 
-After termination there is no further reward. A time limit (truncation) only breaks off, as a rollout's end does: V of
-the state reached stands for the rewards to come. `done` is terminated or truncated: no sum runs on into a new episode.
+After termination there is no further reward. A time limit (truncation) or the rollout's end only breaks an episode off:
+V of the state reached stands for the rewards to come. `done`, terminated or truncated, keeps A_t within its episode.
 
 Schulman et al. 2017, "Proximal Policy Optimization Algorithms", arXiv 1707.06347. GAE: Schulman et al. 2016, arXiv
 1506.02438.
@@ -31,7 +31,7 @@ Schulman et al. 2017, "Proximal Policy Optimization Algorithms", arXiv 1707.0634
     python ppo.py --resume runs/FOLDER --capture-video               # film a finished run
 
 The diff from a2c.py is the ratio and its clip: with them a rollout is good for several passes in minibatches, where A2C
-takes one step. Adam, a lambda below 1, scaled advantages and, if asked for, --clip-vloss and --target-kl come along.
+takes one step. Adam, a lambda below 1, normalised advantages and, if asked for, --clip-vloss and --target-kl are new.
 """
 
 import atexit
@@ -73,7 +73,7 @@ class Args:
     gamma: float = 0.99  # discount factor
     device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"  # where to train; auto takes a GPU if there is one
     num_threads: int = 1  # CPU threads of torch; one is fastest for small networks, or if every core has a run
-    onednn: bool = False  # multiply matrices with oneDNN where it stays float32: faster with AVX-512, if they are wide
+    onednn: bool = False  # multiply with oneDNN where that stays float32: faster for wide layers on AMD with AVX-512
     compile: bool = False  # compile the loss and its gradient with torch.compile; on the CPU needs a C++ compiler
     track: bool = False  # log to Weights & Biases as well (WANDB_MODE=offline works)
     wandb_project_name: str = "rungs"  # project on Weights & Biases
@@ -89,17 +89,17 @@ class Args:
 
     hidden_sizes: tuple[int, int] = (64, 64)  # units of the two hidden layers of each network
     num_steps: int = 128  # steps of each environment in a rollout
-    gae_lambda: float = 0.95  # lambda of GAE: 1 is n-step returns minus V, 0 the TD error: less noise, more bias
+    gae_lambda: float = 0.95  # lambda of GAE: 1 for n-step returns minus V; 0 for the TD error, less noisy, more biased
     ent_coef: float = 0.0  # weight of the entropy, c2
-    vf_coef: float = 0.5  # weight of the value loss, c1; the optimizer's scaling cancels it, but in the clipped norm
+    vf_coef: float = 0.5  # weight of the value loss, c1; the optimizer's scaling cancels it, except in the clipped norm
     max_grad_norm: float = 0.5  # largest norm of the gradient; a longer one is scaled down
     anneal_lr: bool = True  # lower the learning rate linearly to zero
     update_epochs: int = 4  # passes over a rollout
     num_minibatches: int = 4  # minibatches in a pass
-    clip_coef: float = 0.2  # eps: a ratio above 1 + eps, where A < 0 below 1 - eps, earns nothing more
+    clip_coef: float = 0.2  # eps: the objective is flat at ratios above 1 + eps if A > 0, below 1 - eps if A < 0
     clip_vloss: bool = False  # clip the change of the value by eps too (in ppo2, not in the paper)
     norm_adv: bool = True  # normalise the advantages of a minibatch to mean 0 and standard deviation 1
-    target_kl: float | None = None  # no further pass if KL(pi_old || pi), before the last step of one, is above this
+    target_kl: float | None = None  # no further pass if the last minibatch of one estimates KL(pi_old || pi) above this
     norm_obs: bool = True  # normalise observations by their running mean and standard deviation
     norm_reward: bool = True  # divide rewards by the running standard deviation of the return
     init_log_std: float = -0.5  # initial log standard deviation of a Gaussian policy, in units where bounds are +-1
@@ -214,7 +214,8 @@ class RewardScaler(nn.Module):
             returns.append(reward_t + self.gamma * self.running_return)
             self.running_return = returns[-1] * ~done_t
         self.statistics.update(torch.stack(returns).reshape(-1, 1))
-        return reward * (self.statistics.var + 1e-8).rsqrt()
+        var = self.statistics.var
+        return reward * torch.where(var > 0, var + 1e-8, 1.0).rsqrt()  # equal returns so far give no scale
 
 
 class Agent(nn.Module):
@@ -265,7 +266,7 @@ class Rollout(NamedTuple):
     obs: Tensor  # (T, N, obs_dim) float32
     action: Tensor  # (T, N) int64 or (T, N, action_dim) float32, as the policy drew them
     reward: Tensor  # (T, N) float32
-    next_obs: Tensor  # (T, N, obs_dim) float32, what the step led to: at the end of an episode its own last one
+    next_obs: Tensor  # (T, N, obs_dim) float32, what the step led to, before any reset
     terminated: Tensor  # (T, N) bool
     done: Tensor  # (T, N) bool, terminated or truncated
 
@@ -319,7 +320,6 @@ def ppo_loss(agent: Agent, args: Args, batch: list[Tensor]) -> tuple[Tensor, dic
         clipped_value = old_value + (value - old_value).clamp(-args.clip_coef, args.clip_coef)
         value_error = torch.max(value_error, (clipped_value - target).square())
     value_loss = value_error.mean() / 2
-
     entropy = entropy.mean()
     loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
     log = {
@@ -376,6 +376,7 @@ def train(args: Args) -> Path:
     for name in ("num_steps", "update_epochs", "num_minibatches", "clip_coef", "max_grad_norm"):
         require(getattr(args, name) > 0, f"--{name.replace('_', '-')} must be above 0")
     require(0 <= args.gae_lambda <= 1, "--gae-lambda must lie between 0 and 1")
+    require(math.isfinite(args.vf_coef) and math.isfinite(args.ent_coef), "--vf-coef and --ent-coef must be finite")
     batch_size = args.num_envs * args.num_steps
     require(batch_size % args.num_minibatches == 0, f"--num-minibatches must divide {batch_size} steps")
     require(batch_size > args.num_minibatches, "--num-minibatches must leave at least 2 steps to a minibatch")
@@ -428,7 +429,7 @@ def join_processes(args: Args, device: torch.device) -> tuple[torch.device, int,
     """The device and the number of this process, from 0, and how many torchrun started; without it 0 and 1.
 
     All have the same networks and learn from the same rollouts, but each steps only its share of the environments, and
-    has only its share of the work in each gradient. The first one writes the run. They talk by gloo from CPU to CPU,
+    computes only its share of each gradient. The first one writes the run. They talk by gloo from CPU to CPU,
     whatever the device: one way for all, and a gradient is small.
     """
     if dist.is_torchelastic_launched() and not dist.is_initialized():
@@ -569,7 +570,7 @@ def exchange(x) -> list:
 
 
 class Plain(gym.Wrapper):
-    """An environment without infos, whose names and shapes may clash, that overwrites no observation it gave."""
+    """An environment without infos, whose keys and shapes may clash, and with its own copy of each observation."""
 
     def reset(self, **options) -> tuple[np.ndarray, dict]:
         """The first observation of an episode."""
@@ -678,7 +679,7 @@ def load_run(args: Args) -> tuple[Args, dict]:
         require(script == SCRIPT, f"{where} that is a run of {script}.py")
         old = Args(**flags | {"resume": args.resume})
         with zipfile.ZipFile(folder / name) as file:
-            require(file.testzip() is None, f"{where} {name} is damaged")  # torch.load looks at no checksum
+            require(file.testzip() is None, f"{where} {name} is damaged")  # torch.load verifies no checksum
         saved = torch.load(folder / name, map_location="cpu", weights_only=True)
         if name == "agent.pt":  # the training is over; all that is left is to evaluate
             last_row = (folder / "metrics.jsonl").read_text().splitlines()[-1]
@@ -766,7 +767,7 @@ class Run:
         return self
 
     def on_signal(self, number: int, frame) -> None:
-        """Ctrl-C and SIGTERM end the run after this iteration, in the last evaluation and the second time at once."""
+        """Ctrl-C or SIGTERM ends the run after this iteration; a second one, or one in the last evaluation, at once."""
         self.signal = number
         if self.finished:  # all that is left is an evaluation
             raise SystemExit(128 + number)
@@ -854,7 +855,7 @@ class Run:
         return checkpoint
 
     def check_finite(self, row: dict[str, float | Tensor], states: dict[str, dict]) -> None:
-        """Ends the run if a loss is NaN or infinite, or the agent or the buffer that a checkpoint is about to hold."""
+        """Ends the run if a loss is NaN or infinite, or the agent or the buffer that is about to be saved."""
         bad = [name for name, x in row.items() if not math.isfinite(x)]
         tensors = [pair for state in states.values() for pair in state.items()]
         bad += [name for name, x in tensors if isinstance(x, Tensor) and not x.isfinite().all()]

@@ -12,11 +12,11 @@ Takes one Adam step with this gradient for each batch of N episodes (Williams 19
                   = the mean G over all steps of the other episodes    with --baseline mean
                   = V(s_t), which learns to predict G_t                with --baseline value
 
-E is the mean over the episodes, pi the policy with the parameters theta. The loss of V is (V(s_t) - G_t)^2 / 2, in the
-mean over all their steps. No baseline depends on the action that it judges, so subtracting it leaves the expectation as
-it was; a good one takes noise away. With gamma = 1 the expectation is the gradient of the expected return, if rewards
-are not scaled (--no-norm-reward) and no G_t is completed by V; with gamma < 1 the factor gamma^t of the discounted
-return's gradient is dropped, as is common, so that late steps count as much as early ones.
+E is the mean over the N episodes, one in each of --num-envs, pi the policy with the parameters theta. The loss of V is
+the mean of (V(s_t) - G_t)^2 / 2 over all steps. No baseline depends on the action that it judges, so subtracting it
+leaves the expectation as it was; a good one takes noise away. The expectation is the gradient of the expected return if
+gamma = 1, r_t is not scaled (--no-norm-reward) and V completes no G_t. With gamma < 1 the factor gamma^t of the
+discounted return's gradient is dropped, as is common, so that late steps count as much as early ones.
 
 G_t needs the end of the episode. Where a time limit cut it off (truncated, not terminated), V of the last state stands
 for the rest with --baseline value; the other two take the rest as 0: the time limit is then a part of the task.
@@ -72,7 +72,7 @@ class Args:
     gamma: float = 0.99  # discount factor
     device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"  # where to train; auto takes a GPU if there is one
     num_threads: int = 1  # CPU threads of torch; one is fastest for small networks, or if every core has a run
-    onednn: bool = False  # multiply matrices with oneDNN where it stays float32: faster with AVX-512, if they are wide
+    onednn: bool = False  # multiply with oneDNN where that stays float32: faster for wide layers on AMD with AVX-512
     compile: bool = False  # compile the loss and its gradient with torch.compile; on the CPU needs a C++ compiler
     track: bool = False  # log to Weights & Biases as well (WANDB_MODE=offline works)
     wandb_project_name: str = "rungs"  # project on Weights & Biases
@@ -203,7 +203,8 @@ class RewardScaler(nn.Module):
             returns.append(reward_t + self.gamma * self.running_return)
             self.running_return = returns[-1] * ~done_t
         self.statistics.update(torch.stack(returns).reshape(-1, 1))
-        return reward * (self.statistics.var + 1e-8).rsqrt()
+        var = self.statistics.var
+        return reward * torch.where(var > 0, var + 1e-8, 1.0).rsqrt()  # equal returns so far give no scale
 
 
 class Agent(nn.Module):
@@ -254,7 +255,7 @@ class Rollout(NamedTuple):
     obs: Tensor  # (T, N, obs_dim) float32
     action: Tensor  # (T, N) int64 or (T, N, action_dim) float32, as the policy drew them
     reward: Tensor  # (T, N) float32
-    next_obs: Tensor  # (T, N, obs_dim) float32, what the step led to: at the end of an episode its own last one
+    next_obs: Tensor  # (T, N, obs_dim) float32, what the step led to, before any reset
     terminated: Tensor  # (T, N) bool
     done: Tensor  # (T, N) bool, terminated or truncated
 
@@ -300,7 +301,7 @@ def mean_of_others(returns: Tensor, played: Tensor) -> Tensor:
 
 
 def reinforce_loss(agent: Agent, args: Args, batch: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """A loss with the gradient -grad J(theta), plus V's if it learns, and the metrics to log; tensors (B, ...)."""
+    """A loss with the gradient -grad J(theta), plus the loss of V if it learns, and the metrics; tensors (B, ...)."""
     obs, action, target, advantage = batch
     log_prob, entropy = agent.log_prob(obs, action)
     loss = policy_loss = -(log_prob * advantage).sum() / args.num_envs  # a mean over episodes
@@ -362,7 +363,7 @@ def train(args: Args) -> Path:
             optimizer.param_groups[0]["lr"] = remaining * args.learning_rate
 
             # Play one whole episode in each of N environments. One done early plays on: that counts in `step` and in
-            # the running statistics, not in the gradient. A batch of --total-timesteps steps is cut off there.
+            # the running statistics, not in the gradient. A batch ends at --total-timesteps steps at the latest.
             steps, unfinished = [], np.ones(envs.num_envs, dtype=bool)
             while any(exchange(unfinished.any())) and args.num_envs * len(steps) < args.total_timesteps:
                 action = act_alike(agent, obs, rank, processes)  # agent.act, except under torchrun
@@ -396,7 +397,7 @@ def join_processes(args: Args, device: torch.device) -> tuple[torch.device, int,
     """The device and the number of this process, from 0, and how many torchrun started; without it 0 and 1.
 
     All have the same networks and learn from the same rollouts, but each steps only its share of the environments, and
-    has only its share of the work in each gradient. The first one writes the run. They talk by gloo from CPU to CPU,
+    computes only its share of each gradient. The first one writes the run. They talk by gloo from CPU to CPU,
     whatever the device: one way for all, and a gradient is small.
     """
     if dist.is_torchelastic_launched() and not dist.is_initialized():
@@ -537,7 +538,7 @@ def exchange(x) -> list:
 
 
 class Plain(gym.Wrapper):
-    """An environment without infos, whose names and shapes may clash, that overwrites no observation it gave."""
+    """An environment without infos, whose keys and shapes may clash, and with its own copy of each observation."""
 
     def reset(self, **options) -> tuple[np.ndarray, dict]:
         """The first observation of an episode."""
@@ -646,7 +647,7 @@ def load_run(args: Args) -> tuple[Args, dict]:
         require(script == SCRIPT, f"{where} that is a run of {script}.py")
         old = Args(**flags | {"resume": args.resume})
         with zipfile.ZipFile(folder / name) as file:
-            require(file.testzip() is None, f"{where} {name} is damaged")  # torch.load looks at no checksum
+            require(file.testzip() is None, f"{where} {name} is damaged")  # torch.load verifies no checksum
         saved = torch.load(folder / name, map_location="cpu", weights_only=True)
         if name == "agent.pt":  # the training is over; all that is left is to evaluate
             last_row = (folder / "metrics.jsonl").read_text().splitlines()[-1]
@@ -734,7 +735,7 @@ class Run:
         return self
 
     def on_signal(self, number: int, frame) -> None:
-        """Ctrl-C and SIGTERM end the run after this iteration, in the last evaluation and the second time at once."""
+        """Ctrl-C or SIGTERM ends the run after this iteration; a second one, or one in the last evaluation, at once."""
         self.signal = number
         if self.finished:  # all that is left is an evaluation
             raise SystemExit(128 + number)
@@ -822,7 +823,7 @@ class Run:
         return checkpoint
 
     def check_finite(self, row: dict[str, float | Tensor], states: dict[str, dict]) -> None:
-        """Ends the run if a loss is NaN or infinite, or the agent or the buffer that a checkpoint is about to hold."""
+        """Ends the run if a loss is NaN or infinite, or the agent or the buffer that is about to be saved."""
         bad = [name for name, x in row.items() if not math.isfinite(x)]
         tensors = [pair for state in states.values() for pair in state.items()]
         bad += [name for name, x in tensors if isinstance(x, Tensor) and not x.isfinite().all()]

@@ -157,9 +157,10 @@ MUTATIONS = [
     Mutation(
         "scaler: rewards centred as well",
         "*",
-        "return reward * (self.statistics.var",
-        "return (reward - self.statistics.mean) * (self.statistics.var",
+        "return reward * torch.where",
+        "return (reward - self.statistics.mean) * torch.where",
     ),
+    Mutation("scaler: equal returns scale by 10,000", "*", "torch.where(var > 0, var + 1e-8, 1.0)", "(var + 1e-8)"),
     Mutation(
         "scaler: episodes end by termination only",
         POLICY_GRADIENT,

@@ -409,7 +409,16 @@ def test_rewards_are_scaled_by_the_deviation_of_the_discounted_return(module, se
             running = reward + gamma * running
             seen.extend(running)
             running = np.where(done, 0.0, running)
-        np.testing.assert_allclose(scaled, rollout.reward / np.sqrt(np.var(seen) + 1e-8), rtol=1e-4, atol=1e-9)
+        deviation = np.sqrt(np.var(seen) + 1e-8) if len(seen) > 1 else 1.0  # of one return there is none
+        np.testing.assert_allclose(scaled, rollout.reward / deviation, rtol=1e-4, atol=1e-9)
+
+
+@everywhere
+@pytest.mark.parametrize("reward", (1.0, 0.1, -3.7))
+def test_equal_returns_have_no_deviation_to_scale_rewards_by(module, reward):
+    scaler, rewards = module.RewardScaler(0.9), torch.full((2, 3), reward)
+    for _ in range(3):  # episodes of one step, so every return is that reward
+        assert torch.equal(scaler(rewards, torch.ones(2, 3, dtype=torch.bool)), rewards)
 
 
 @everywhere

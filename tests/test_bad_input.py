@@ -70,6 +70,7 @@ BAD_FLAGS = [
 WRONG_ACTIONS = {"Discrete": "CartPole-v1", "Box": "Pendulum-v1"}
 HELP = {"dqn": "sac.py", "ddpg": "dqn.py", "td3": "dqn.py", "sac": "dqn.py"}  # a script that takes those actions
 REPLAY = [s for s in SCRIPTS if s in HELP]
+COEFS = ("vf-coef", "ent-coef")
 OWN_FLAGS = [
     *(
         (s, f"--env-id {i}", f"{i}: actions must be", "not", "take", "ppo.py", HELP[s])
@@ -79,6 +80,7 @@ OWN_FLAGS = [
     ),
     ("ppo", "--num-minibatches 7", "512", "minibatches"),
     *((s, "--vf-coef nan", "--vf-coef", "NaN") for s in ("a2c", "ppo")),
+    *((s, f"--{name} {x}", f"--{name}", "finite") for s in ("a2c", "ppo") for name in COEFS for x in ("inf", "-inf")),
     ("ppo", "--num-minibatches 512", "minibatch", "2 steps"),
     ("ppo", "--num-minibatches 0", "--num-minibatches", "above 0"),
     ("ppo", "--num-steps -128", "--num-steps", "above 0"),
