@@ -4,9 +4,10 @@
 
 A row that is in the tables already stays, unless its seed was run again. Where the runs of a cell (script, environment,
 steps, variant) have other settings than its rows, --replace puts them in the place of the rows. Runs of run.py on the
-seeds on which settings were chosen are left out.
+seeds on which settings were chosen are left out; --tuning takes those, and only those. What is left out is said.
 """
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -56,13 +57,15 @@ def read_json(path: Path) -> dict:
 
 
 def read_rows(folder: Path) -> list[dict]:
-    """The rows of a run's metrics; a torn last one is left out."""
+    """The rows of a run's metrics; torn or damaged ones are left out."""
     rows, path = [], folder / "metrics.jsonl"
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
-            break
+            continue
+        if isinstance(row, dict) and "global_step" in row:
+            rows.append(row)
     return rows
 
 
@@ -132,25 +135,40 @@ def keep_newest(runs: list[dict]) -> list[dict]:
 
 
 def read_folder(runs_dir: Path, tuning: bool = False) -> list[dict]:
-    """The finished runs in a folder, those of run.py and others."""
-    runs = []
+    """The finished runs in a folder, those of run.py and others; says on stderr which it leaves out."""
+    runs, others = [], 0
     # Only a finished run has agent.pt; the oldest come first.
     for path in sorted(runs_dir.rglob("agent.pt"), key=lambda path: path.stat().st_mtime):
         folder, about = path.parent, read_json(path.parent.parent / "run.json")
         args = read_json(folder / "args.json")
         rows = read_rows(folder) if args else []
-        if is_finished(args, rows) and (bool(about) and args["seed"] in CHOOSE) == (bool(about) and tuning):
+        if not is_finished(args, rows):
+            print(f"left out: {folder}, not evaluated at the end or damaged", file=sys.stderr)
+        elif not about and (folder.parent / "lock").exists():  # of run.py, but of which variant?
+            print(f"left out: {folder}, whose run.json is lost or torn", file=sys.stderr)
+        elif (bool(about) and args["seed"] in CHOOSE) == (bool(about) and tuning):
             runs.append(summarize(args, rows, about))
+        else:
+            others += 1
+    if others:
+        of = "other seeds than those" if tuning else "the seeds"
+        hint = "" if tuning else "; --tuning takes them"
+        print(f"left out: {others} finished runs on {of} on which settings are chosen{hint}", file=sys.stderr)
     return keep_newest(runs)
 
 
 def read_tables(folder: Path) -> list[dict]:
-    """The runs in results.csv and curves.csv; none if neither is there."""
+    """The runs in results.csv and curves.csv; none if neither is there. They must be of the same runs, all numbers."""
     tables = []
     for name in ("results.csv", "curves.csv"):
         try:
             with (folder / name).open(newline="") as file:
-                tables.append({tuple(row[key] for key in (*CELL, "seed")): row for row in csv.DictReader(file)})
+                rows = list(csv.DictReader(file))
+            for row in rows if name == "results.csv" else []:
+                int(row["steps"]), int(row["seed"]), float(row["return"])  # raise here if they are no numbers
+            tables.append({tuple(row[key] for key in (*CELL, "seed")): row for row in rows})
+        except (ValueError, TypeError) as error:
+            fail(f"{folder / name}: {error}")
         except FileNotFoundError:
             tables.append({})
         except KeyError as error:
@@ -163,19 +181,26 @@ def read_tables(folder: Path) -> list[dict]:
 
 def write_tables(folder: Path, runs: list[dict]) -> None:
     """Writes results.csv and curves.csv, sorted."""
-    folder.mkdir(parents=True, exist_ok=True)
     runs = sorted(
         runs, key=lambda run: (run["script"], run["env_id"], int(run["steps"]), run["variant"], int(run["seed"]))
     )
     runs = [run | {str(k): x for k, x in enumerate(run["curve"], 1)} for run in runs]
     tables = {"results.csv": RESULT, "curves.csv": CURVE}
-    for name, fields in tables.items():
-        with (folder / f"{name}.part").open("w", newline="") as file:
-            writer = csv.DictWriter(file, fields, extrasaction="ignore", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(runs)
-    for name in tables:  # when both are written whole
-        (folder / f"{name}.part").replace(folder / name)
+    parts = [folder / f"{name}.part" for name in tables]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for part, fields in zip(parts, tables.values()):
+            with part.open("w", newline="") as file:
+                writer = csv.DictWriter(file, fields, extrasaction="ignore", lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(runs)
+        for part, name in zip(parts, tables):  # when both are written whole
+            part.replace(folder / name)
+    except OSError as error:
+        for part in parts:
+            with contextlib.suppress(OSError):
+                part.unlink()
+        fail(f"the tables in {folder} cannot be written: {error}")
 
 
 def main(options: Options) -> None:

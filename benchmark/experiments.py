@@ -7,6 +7,13 @@ others, from REPORT on. "after" a source: the flags are from there, but the scri
 was left at its default (networks, optimizer, schedule of the step size, normalisation, kind of noise). "ours": chosen
 here. RL Zoo is github.com/DLR-RM/rl-baselines3-zoo, hyperparams/ALGORITHM.yml; Tianshou is github.com/thu-ml/tianshou,
 examples/mujoco/mujoco_ALGORITHM.py.
+
+An experiment of your own is a line in EXPERIMENTS, here with three seeds and a module that lies beside the scripts:
+
+    Experiment("mine", "ppo", "my_module:MyEnv-v0", 1_000_000, "--num-envs 16", "ours", 3),
+
+Then `run.py --suites mine` runs it, collect.py and plot.py take it as any other. A line in ENVIRONMENTS gives its
+environment a figure's suite and a zero for the scores.
 """
 
 import difflib
@@ -66,7 +73,7 @@ class Experiment:
         """The script's flags for one seed."""
         flags = ["--env-id", self.env_id, "--seed", str(seed), "--total-timesteps", str(self.steps)]
         flags += [*shlex.split(self.flags), "--eval-episodes", str(EVAL_EPISODES)]
-        # A checkpoint resets the environments, so many episodes must fit between two; and a minute or more of work.
+        # A checkpoint resets the environments, so episodes must fit between two: four of 1000 steps in each of 64.
         every = 25_000 if self.script in VALUE_SCRIPTS else 250_000
         return flags + (["--checkpoint-every", str(every)] if every < self.steps else [])
 

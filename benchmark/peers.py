@@ -5,12 +5,14 @@
     python benchmark/peers.py --cases dqn-MountainCar
 
 Then the same environments, versions and evaluation (20 episodes without exploration, at the end) are behind both
-numbers. Most published ones are of one run, or of older environments. A row that is in the table already is skipped;
-plot.py puts the means beside our own.
+numbers. Most published ones are of one run, or of older environments. A run that is in the table with the same settings
+is skipped; plot.py puts the means beside our own, of the last row of each seed.
 """
 
 import csv
+import hashlib
 import importlib.metadata
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +43,8 @@ CASES = {
     "dqn-MountainCar": ("dqn", "MountainCar-v0", 120_000, "DQN", 1, DQN_CAR),
     "ppo-Pendulum": ("ppo", "Pendulum-v1", 100_000, "PPO", 4, PPO_PENDULUM),
 }
-FIELDS = ("script", "env_id", "steps", "seed", "return", "return_std", "episodes", "wall_s", "versions", "machine")
+RESULT = ("script", "env_id", "steps", "seed", "return", "return_std", "episodes", "wall_s")
+FIELDS = (*RESULT, "settings", "versions", "machine")
 
 
 @dataclass
@@ -49,6 +52,11 @@ class Options:
     cases: tuple[str, ...] = tuple(CASES)  # which of the cases
     seeds: tuple[int, ...] = (11, 12, 13, 14, 15)  # a run with each
     out: Path = Path(__file__).with_name("peers.csv")  # where a row a run is appended
+
+
+def settings_of(case: str) -> str:
+    """A short hash of what a case consists of."""
+    return hashlib.sha256(json.dumps(CASES[case], sort_keys=True).encode()).hexdigest()[:8]
 
 
 def run(case: str, seed: int) -> dict:
@@ -70,6 +78,7 @@ def run(case: str, seed: int) -> dict:
     fresh = make_vec_env(env_id, 1, seed=seed + 10_000)
     mean, std = evaluate_policy(model, fresh, n_eval_episodes=EVAL_EPISODES, deterministic=True)
     row = dict(script=script, env_id=env_id, steps=steps, seed=seed, episodes=EVAL_EPISODES, wall_s=round(wall, 1))
+    row["settings"] = settings_of(case)
     made = made_with(script)
     made["versions"] += f", stable-baselines3 {importlib.metadata.version('stable-baselines3')}"
     return row | {"return": round(float(mean), 3), "return_std": round(float(std), 3)} | made
@@ -80,11 +89,16 @@ def main(options: Options) -> None:
     for case in options.cases:
         if case not in CASES:
             fail(f"--cases {case}: there are {', '.join(CASES)}")
-    done = list(csv.DictReader(options.out.open(newline=""))) if options.out.exists() else []
+    if not options.out.parent.is_dir():
+        fail(f"--out {options.out}: there is no folder {options.out.parent}")
+    key = ("script", "env_id", "steps", "seed", "settings")
+    rows = list(csv.DictReader(options.out.open(newline=""))) if options.out.exists() else []
+    if any(row.keys() != set(FIELDS) for row in rows):
+        fail(f"--out {options.out}: its columns are not {', '.join(FIELDS)}")
+    done = {tuple(row[name] for name in key) for row in rows}
     for seed in options.seeds:
         for case in options.cases:
-            script, env_id, steps = map(str, CASES[case][:3])
-            if (script, env_id, steps, str(seed)) in {(r["script"], r["env_id"], r["steps"], r["seed"]) for r in done}:
+            if (*map(str, CASES[case][:3]), str(seed), settings_of(case)) in done:
                 continue
             row = run(case, seed)
             append(options.out, FIELDS, row)

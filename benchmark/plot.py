@@ -6,7 +6,7 @@
     python benchmark/plot.py --wandb entity/project       # of a project on Weights & Biases
 
 Needs pandas, matplotlib and rliable (benchmark/requirements.txt). Writes curves-SUITE.png, published.png, results.md,
-and of an ablation variants.png and variants.md.
+and of an ablation variants.png and variants.md; takes three minutes of the committed results, less with --reps 200.
 """
 
 import itertools
@@ -17,15 +17,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import collect
-import matplotlib
 import numpy as np
-import pandas as pd
 import tyro
 from collect import fail
 from experiments import CHOOSE, ENVIRONMENTS, SCRIPTS, VALUE_SCRIPTS
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+try:
+    import matplotlib
+    import pandas as pd
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+except ImportError as error:
+    fail(f"there is no {error.name}: pip install -r benchmark/requirements.txt")
 
 HERE = Path(__file__).resolve().parent
 FEWEST = 3  # seeds that an environment needs to count in an aggregate
@@ -40,7 +44,7 @@ class Options:
     tables: Path = HERE  # where results.csv and curves.csv are
     published: Path = HERE / "published.csv"  # what to compare with
     peers: Path = HERE / "peers.csv"  # what a peer returned here, from peers.py
-    out: Path = HERE / "figures"  # where the figures and the tables go
+    out: Path | None = None  # where figures and tables go; RUNS_DIR/figures, figures with --wandb, or benchmark/figures
     tuning: bool = False  # of a folder or a project, the runs with the seeds on which settings are chosen
     readme: Path | None = None  # a file to put the tables into as well, between its two comments about results
     reps: int = 2_000  # bootstrap samples of the aggregates
@@ -149,17 +153,17 @@ def draw_curves(runs: pd.DataFrame, path: Path) -> None:
             curves = pd.DataFrame(cells[cell]["curve"].tolist()).apply(pd.to_numeric)
             curves = curves.ffill(axis=1).dropna(axis=1)  # where no episode ended, the last return holds
             step = (curves.columns + 1) * steps / collect.POINTS
-            (line,) = axis.plot(step, curves.mean(), linewidth=1.3, color=COLORS.get(script))
+            style = "-" if len(curves) >= FEWEST else ":"
+            (line,) = axis.plot(step, curves.mean(), style, linewidth=1.3, color=COLORS.get(script))
             axis.fill_between(step, *interval(curves.to_numpy(), 1000), alpha=0.2, linewidth=0, color=line.get_color())
-            labels.setdefault(script, line)
+            labels.setdefault(script, matplotlib.lines.Line2D([], [], color=line.get_color()))
         axis.set_title(env_id, fontsize=10)
         axis.grid(alpha=0.3)
         if panel["steps"].max() >= 5 * panel["steps"].min():
             axis.set_xscale("log")
-            axis.set_xlabel("steps, logarithmic", fontsize=8)
+        axis.set_xlabel("steps" + (", logarithmic" if axis.get_xscale() == "log" else ""), fontsize=8)
         axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
         axis.tick_params(labelsize=8)
-    figure.supxlabel("steps", fontsize=9)
     figure.supylabel("return in training, with exploration", fontsize=9)
     figure.legend(labels.values(), labels, fontsize=8, loc="outside upper center", ncols=7 if columns > 1 else 3)
     figure.savefig(path, dpi=120)
@@ -227,9 +231,11 @@ def draw_published(results: pd.DataFrame, published: pd.DataFrame, path: Path) -
     axis.set_yticks([(start + end - 1) / 2 for start, end in itertools.pairwise(ends)], bands, fontsize=8)
     axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.set_xscale("symlog", linthresh=2, linscale=2)
-    axis.set_xticks(ticks := (0, 1, 2, 5, 10, 20), map(str, ticks))
+    low, high = (f(f(values) for *_, values in rows) for f in (min, max))
+    axis.set_xlim(min(-0.2, 1.2 * low), max(1.2, 1.2 * high))  # no dot on the edge
+    ticks = [x for x in (-20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50, 100) if 1.2 * low <= x <= max(1, 1.2 * high)]
+    axis.set_xticks(ticks, [str(x).replace("-", "−") for x in ticks])
     axis.minorticks_off()
-    axis.set_xlim(left=min(values.min() for *_, values in rows) - 0.1)
     axis.set_xlabel("return: 0 that of a random policy, 1 the published one (logarithmic beyond ±2)", fontsize=9)
     axis.tick_params(axis="x", labelsize=8)
     axis.grid(alpha=0.3, axis="x")
@@ -416,26 +422,27 @@ def main(options: Options) -> None:
     """Draws the curves, and writes and prints the tables."""
     runs = load(options)
     published, peers = read_csv(options.published), read_csv(options.peers) if options.peers.exists() else None
+    out = options.out or (Path() if options.wandb else options.runs_dir or HERE) / "figures"
     try:
-        options.out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        fail(f"--out {options.out}: {error}")
+        fail(f"--out {out}: {error}")
     plain = runs[runs["variant"] == ""]
     for suite, part in plain.groupby(plain["env_id"].map(suite_of)):
-        draw_curves(part, options.out / f"curves-{suite}.png")
-    draw_published(runs, published, options.out / "published.png")
+        draw_curves(part, out / f"curves-{suite}.png")
+    draw_published(runs, published, out / "published.png")
     cells = runs[["script", "env_id", "steps"]].apply(tuple, axis=1)
     varied = cells[runs["variant"] != ""].value_counts()
     if len(varied) and (cells[runs["variant"] == ""] == varied.index[0]).any():  # the cell that has most of them
-        draw_variants(runs[cells == varied.index[0]], options.out / "variants.png")
+        draw_variants(runs[cells == varied.index[0]], out / "variants.png")
     if len(plain) < len(runs):
         beside = pd.concat([beside_variants(runs[cells == cell]) for cell in varied.index])
-        (options.out / "variants.md").write_text(results_table(beside, published) + "\n")
-    parts = [results_table(plain, published)]
+        (out / "variants.md").write_text(results_table(beside, published) + "\n")
+    parts = [results_table(plain if len(plain) else runs, published)]
     if peers is not None:
-        parts.append(peers_table(runs, peers.drop_duplicates(["script", "env_id", "steps", "seed"])))
+        parts.append(peers_table(runs, peers.drop_duplicates(["script", "env_id", "steps", "seed"], keep="last")))
     text = "\n\n".join(filter(None, [*parts, aggregates(runs, options.reps)]))
-    (options.out / "results.md").write_text(text.strip() + "\n")
+    (out / "results.md").write_text(text.strip() + "\n")
     if options.readme:
         put_into(options.readme, text.strip())
     print(text.strip())

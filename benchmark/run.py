@@ -7,8 +7,9 @@
     python benchmark/run.py --suites mujoco --ray auto                    # on a Ray cluster (pip install ray)
 
 What is done is skipped, what was cut off goes on from its checkpoint, so the same command again does what is left; only
-a run whose checkpoint is damaged fails until its folder is deleted. Two of them may share a folder, even from two
-machines. Ctrl-C stops every run with a checkpoint. Finished runs lose theirs.
+a run whose checkpoint is damaged fails until its folder is deleted. A run is known by its flags, not by the text of its
+script: after a change of a script that alters results, name another --runs-dir. Two of them may share a folder, even
+from two machines. Ctrl-C stops every run with a checkpoint. Finished runs lose theirs.
 """
 
 import contextlib
@@ -49,7 +50,7 @@ class Options:
     scripts: tuple[str, ...] = ()  # names of scripts, without .py
     envs: tuple[str, ...] = ()  # ids of environments
     variants: tuple[str, ...] = ()  # names of variants in the ablation
-    seeds: str = "report"  # report, choose, or numbers and ranges such as 1,11-15
+    seeds: str = "report"  # report, choose (collect.py and plot.py --tuning), or numbers and ranges such as 1,11-15
     flags: str = ""  # more flags for the scripts, --flags="--device cuda"; they win
     runs_dir: Path = Path("runs/benchmark")  # where the runs are; with --ray on a disk that all machines share
     workers: int = 0  # runs at the same time; 0 for one on each core
@@ -205,7 +206,8 @@ def execute(job: Job, stop: threading.Event) -> str:
         for name, now in made.items():
             if name in before:  # a run that goes on with another commit or elsewhere has both
                 made[name] = before[name] if before[name].endswith(now) else f"{before[name]}, then {now}"
-        (folder / "run.json").write_text(json.dumps(job.about | made, indent=2))
+        (folder / "run.json.part").write_text(json.dumps(job.about | made, indent=2))
+        (folder / "run.json.part").replace(folder / "run.json")  # never half of it: it says which variant this is
         script = ROOT / f"{job.script}.py"
         if job.edits:
             script = folder / script.name
@@ -358,13 +360,18 @@ def main(options: Options) -> None:
     """Fills the part of the grid that the options name; exit code 1 if a run failed."""
     if options.workers < 0:
         fail("--workers must not be below 0")
+    jobs = jobs_of(options)  # flags that a script refuses end it here
     if options.dry_run:
         for experiment, _, flags in plan(options):
             edits = f", an edit of the script: {experiment.variant}" if experiment.edits else ""
             line = f"python {experiment.script}.py {shlex.join(flags)}   # {experiment.suite}: {experiment.source}"
             print(line + edits)
         return
-    jobs, stop, signals = jobs_of(options), threading.Event(), []
+    try:
+        options.runs_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--runs-dir {options.runs_dir}: {error}")
+    stop, signals = threading.Event(), []
     left = [job for job in jobs if not finish(Path(job.folder))]
     print(f"{len(jobs) - len(left)} of {len(jobs)} runs are done", flush=True)
 

@@ -30,6 +30,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 from collect import fail
@@ -80,7 +81,7 @@ class Options:
     pairs: int = 5  # runs of each
     scaling: bool = False  # measure the scripts over environments, threads and widths instead of beside their peers
     profile: bool = False  # measure the parts of the scripts' steps on the CPU instead
-    device: str = "cpu"  # of the scripts and of sb3
+    device: Literal["cpu", "cuda", "mps"] = "cpu"  # of the scripts and of sb3
     out: Path = Path(__file__).with_name("speed.csv")  # where a row a run is appended; the profile beside it
     chart: Path = Path(__file__).with_name("speed.png")  # the figure of all rows
     worker: str = ""  # for internal use: one run, described as JSON
@@ -250,22 +251,26 @@ def append(path: Path, fields: tuple[str, ...], row: dict) -> None:
     """A row at the end of a CSV file; what is no field is left out."""
     new = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fields, extrasaction="ignore")
+        writer = csv.DictWriter(file, fields, extrasaction="ignore", lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerow(row)
 
 
-def profile_all(options: Options) -> None:
-    """Measures where the time of a step goes, and appends a row a run."""
+def profile_all(options: Options) -> int:
+    """Measures where the time of a step goes, and appends a row a run; returns how many runs failed."""
+    failed = 0
     for case in options.cases:
         made = made_with(case.split("-")[0])
         for _ in range(options.pairs):
             for threads in options.threads:
                 task = dict(case=case, runner="profile", threads=threads, device="cpu")
-                if parts := measure(task):
+                parts = measure(task)
+                failed += parts is None
+                if parts:
                     print(case, threads, parts, flush=True)
                     append(profile_of(options), PROFILE_FIELDS, task | parts | made)
+    return failed
 
 
 def profile_of(options: Options) -> Path:
@@ -294,8 +299,9 @@ def report_profile(path: Path) -> None:
         print(f"| {case} | {threads} | {' | '.join(f'{x:,.1f}' for x in [*parts, sum(parts)])} |")
 
 
-def measure_all(options: Options) -> None:
-    """Measures pair by pair, and appends a row a run."""
+def measure_all(options: Options) -> int:
+    """Measures pair by pair, and appends a row a run; returns how many runs failed."""
+    failed = 0
     if options.scaling:
         shapes = [("ppo-CartPole", "rungs", 1, n, 0) for n in NUM_ENVS]
         shapes += [("sac-HalfCheetah", "rungs", t, 0, width) for width in WIDTHS for t in options.threads]
@@ -318,9 +324,11 @@ def measure_all(options: Options) -> None:
                 task["device"] = options.device
                 speed = measure(task)
                 if speed is None:
+                    failed += 1
                     continue
                 print(f"{case} {runner} {threads} {num_envs or ''} {width or ''} {speed:,.0f}", flush=True)
                 append(options.out, FIELDS, task | {"pair": pair, "speed": round(speed, 1)} | made[case.split("-")[0]])
+    return failed
 
 
 def read(path: Path) -> dict[tuple, dict[int, float]]:
@@ -415,6 +423,27 @@ def draw(speeds: dict[tuple, dict[int, float]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def main(options: Options) -> None:
+    """Measures, and reports and draws all there is; exit code 1 if a run failed."""
+    for names, known in ((options.cases, CASES), (options.runners, RUNNERS)):
+        if unknown := set(names) - set(known):
+            fail(f"{', '.join(sorted(unknown))}: choose from {', '.join(known)}")
+    if options.pairs < 0:
+        fail("--pairs must not be below 0")
+    if min(options.threads, default=1) < 1:
+        fail("--threads must be above 0")
+    for path in (options.out, options.chart):
+        if not path.parent.is_dir():
+            fail(f"there is no folder {path.parent} for {path.name}")
+    failed = (profile_all if options.profile else measure_all)(options)
+    report(read(options.out))
+    report_profile(profile_of(options))
+    draw(read(options.out), options.chart)
+    if failed:
+        print(f"{failed} run{'s' if failed > 1 else ''} failed", file=sys.stderr)
+        raise SystemExit(1)
+
+
 if __name__ == "__main__":
     chosen = tyro.cli(Options, description=__doc__)
     if chosen.worker:
@@ -422,10 +451,4 @@ if __name__ == "__main__":
         workers = {"rungs": run_script, "rungs-compile": run_script, "limit": run_limit, "profile": run_profile}
         print(workers.get(described["runner"], run_peer)(described))
     else:
-        for names, known in ((chosen.cases, CASES), (chosen.runners, RUNNERS)):
-            if unknown := set(names) - set(known):
-                fail(f"{', '.join(sorted(unknown))}: choose from {', '.join(known)}")
-        (profile_all if chosen.profile else measure_all)(chosen)
-        report(read(chosen.out))
-        report_profile(profile_of(chosen))
-        draw(read(chosen.out), chosen.chart)
+        main(chosen)

@@ -1,6 +1,7 @@
 """The benchmark: its grid, its runner, its tables and figures."""
 
 import contextlib
+import csv
 import dataclasses
 import importlib
 import importlib.util
@@ -119,6 +120,7 @@ def test_dry_run_prints_lines_that_the_scripts_take(capsys):
         ({"flags": "it's"}, "--flags it's: No closing quotation"),
         ({"flags": "--seed 3"}, "--seed is the grid's own"),
         ({"flags": "--gamma 0.9 --env_id=Acrobot-v1"}, "--env-id is the grid's own"),
+        ({"flags": "--eval-episodes 0", "dry_run": True}, "without a result"),
         ({"scripts": ("ppo",), "envs": ("CartPole-v1",), "ray": "127.0.0.1:9"}, "--ray"),
     ),
 )
@@ -129,6 +131,22 @@ def test_bad_input_to_run_is_refused_in_one_line(options, message, capsys, monke
         run.main(run.Options(runs_dir=tmp_path, **options))
     error = capsys.readouterr().err
     assert end.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_flags_that_a_script_refuses_end_a_dry_run_too(capsys):
+    run = module("run")
+    with pytest.raises(SystemExit) as end:
+        run.main(run.Options(scripts=("ppo",), envs=("CartPole-v1",), flags="--nope 1", dry_run=True))
+    assert end.value.code == 2 and capsys.readouterr().out == ""
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_any_run(capsys, tmp_path):
+    run = module("run")
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as end:
+        run.main(run.Options(runs_dir=tmp_path / "file/runs", scripts=("ppo",), envs=("CartPole-v1",)))
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and "--runs-dir" in error and error.count("\n") == 1
 
 
 # ----- the runner -----------------------------------------------------------------------------------------------------
@@ -495,6 +513,31 @@ def test_a_run_becomes_a_row_and_a_curve(tmp_path):
     assert run["curve"] == [7.0] + [""] * 39  # (1 × 4 + 3 × 8) / 4
 
 
+def test_a_damaged_row_is_left_out_and_the_run_is_not(tmp_path):
+    collect = module("collect")
+    folder = make_run(tmp_path, row(1000, 100, 1, 4.0), row(2000, 100), row(4096, 1048), evaluation(4096))
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    for damaged in ('{"global_st', "7", "{}", "\x00\x00"):
+        (folder / "metrics.jsonl").write_text("\n".join([lines[0], damaged, *lines[2:]]) + "\n")
+        assert [r["global_step"] for r in collect.read_rows(folder)] == [1000, 4096, 4096]
+        (run,) = collect.read_folder(tmp_path)
+        assert run["return"] == 10.0 and module("run").finish(tmp_path)
+
+
+def test_what_is_left_out_is_said(tmp_path, capsys):
+    collect = module("collect")
+    make_run(tmp_path / "torn", row(4000, 1), seed=14, about={})
+    (make_run(tmp_path / "lost", evaluation(4000), seed=15).parent / "lock").touch()
+    for seed in (1, 2):
+        make_run(tmp_path / f"chosen{seed}", evaluation(4000), seed=seed, about={})
+    assert collect.read_folder(tmp_path) == []
+    said = capsys.readouterr().err
+    assert "15__now, whose run.json is lost" in said and "14__now, not evaluated at the end" in said
+    assert "2 finished runs on the seeds on which settings are chosen; --tuning takes them" in said
+    assert said.count("\n") == 3
+    assert len(collect.read_folder(tmp_path, tuning=True)) == 2
+
+
 def test_only_finished_runs_of_reported_seeds_with_the_newest_settings_count(tmp_path):
     collect = module("collect")
     seeds = {"old": (11, "old"), "new": (11, "new"), "again": (11, "new"), "other": (12, "old"), "chosen": (3, "new")}
@@ -553,6 +596,22 @@ def test_a_table_without_the_other_is_not_written_over(lost, tmp_path, capsys):
         collect.main(collect.Options(tmp_path / "b", out=out))
     assert end.value.code == 2 and "not of the same runs" in capsys.readouterr().err
     assert left.read_text() == before and list(out.iterdir()) == [left]
+
+
+def test_tables_that_cannot_be_read_or_written_are_refused_and_stay_whole(tmp_path, capsys):
+    collect, out = module("collect"), tmp_path / "out"
+    make_run(tmp_path / "a", evaluation(4000), seed=11, about={})
+    collect.main(collect.Options(tmp_path / "a", out=out))
+    before = (out / "results.csv").read_text()
+    (out / "curves.csv.part").mkdir()
+    for text, message in ((before, "cannot be written"), (before.replace("10.0,", "ten,"), "results.csv: could not")):
+        (out / "results.csv").write_text(text)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            collect.main(collect.Options(tmp_path / "a", out=out))
+        error = capsys.readouterr().err
+        assert end.value.code == 2 and message in error and error.count("\n") == 1
+        assert (out / "results.csv").read_text() == text and not (out / "results.csv.part").exists()
 
 
 def test_seeds_of_a_range():
@@ -622,6 +681,38 @@ def test_figures_and_tables(plot, tmp_path, capsys):
         assert (tmp_path / "figures" / name).stat().st_size > 10_000
 
 
+def test_figures_of_a_folder_of_runs_go_there_and_variants_alone_are_shown(plot, tmp_path, capsys):
+    pytest.importorskip("rliable")
+    committed = {path: path.stat().st_mtime_ns for path in (BENCHMARK / "figures").iterdir()}
+    make_run(tmp_path / "runs/a", row(2000, 10, 1, 5.0), evaluation(4000), about={"variant": "--gamma 0.9"})
+    plot.main(plot.Options(runs_dir=tmp_path / "runs", reps=10))
+    assert "| CartPole-v1 | ppo: `--gamma 0.9` | 4,000 | 10.0 | 11 |" in capsys.readouterr().out
+    assert (tmp_path / "runs/figures/results.md").exists()
+    assert {path: path.stat().st_mtime_ns for path in (BENCHMARK / "figures").iterdir()} == committed
+
+
+def test_curves_of_few_seeds_are_dotted(plot, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(plot.plt, "close", shown.append)
+    fake_tables(tmp_path)
+    runs = plot.load(plot.Options(tables=tmp_path)).query("env_id == 'HalfCheetah-v5'")
+    plot.draw_curves(runs[(runs["script"] == "sac") | (runs["seed"] != 11)], tmp_path / "curves.png")
+    (axis,) = shown[0].axes
+    assert {line.get_color(): line.get_linestyle() for line in axis.lines} == {
+        plot.COLORS["td3"]: ":",  # two seeds
+        plot.COLORS["sac"]: "-",
+    }
+    assert axis.get_xlabel() == "steps"
+
+
+def test_what_the_figures_need_is_named_where_it_is_missing():
+    code = "import sys, runpy; sys.modules['matplotlib'] = None; sys.path.insert(0, {0!r}); runpy.run_path({1!r})"
+    command = [sys.executable, "-c", code.format(str(BENCHMARK), str(BENCHMARK / "plot.py"))]
+    ended = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1
+    assert "no matplotlib: pip install -r benchmark/requirements.txt" in ended.stderr
+
+
 def test_returns_of_a_peer_stand_beside_ours(plot, tmp_path):
     fake_tables(tmp_path)
     peers = [{"script": "td3", "env_id": env_id, "steps": 100_000} for env_id in ("Hopper-v5", "Swimmer-v5")]
@@ -655,6 +746,22 @@ def test_a_peer_runs_once_for_each_seed(tmp_path, monkeypatch, capsys):
     assert header.split(",") == list(peers.FIELDS) and [row.split(",")[3] for row in rows] == ["11", "12"]
     assert all(float(row.split(",")[4]) > 0 and "stable-baselines3" in row for row in rows)
     assert len(capsys.readouterr().out.splitlines()) == 2
+    monkeypatch.setitem(peers.CASES, "tiny", ("a2c", "CartPole-v1", 100, "A2C", 2, {}))
+    peers.main(peers.Options(cases=("tiny",), seeds=(11,), out=tmp_path / "peers.csv"))
+    assert len(capsys.readouterr().out.splitlines()) == 1, "other settings are another run"
+    (tmp_path / "old.csv").write_text("script,env_id\na2c,CartPole-v1\n")
+    for out, message in ((tmp_path / "old.csv", "its columns are not"), (tmp_path / "none/x.csv", "no folder")):
+        with pytest.raises(SystemExit) as refused:
+            peers.main(peers.Options(cases=("tiny",), seeds=(11,), out=out))
+        assert refused.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_rows_of_the_peer_are_of_its_cases_as_they_are():
+    peers = module("peers")
+    with (BENCHMARK / "peers.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    cases = {(*map(str, case[:3]), peers.settings_of(name)) for name, case in peers.CASES.items()}
+    assert {tuple(row[name] for name in ("script", "env_id", "steps", "settings")) for row in rows} == cases
 
 
 def drawn(figure) -> list[tuple[list[float], float]]:
@@ -698,7 +805,11 @@ def test_a_published_number_is_1_and_a_random_policy_0(plot, tmp_path, monkeypat
     plot.draw_published(plot.pd.DataFrame(runs), plot.pd.DataFrame(published), tmp_path / "published.png")
     assert drawn(shown[0]) == [([1], 1), ([0], 0), (pytest.approx([0, 2]), pytest.approx(1))]
     (axis,) = shown[0].axes
-    assert axis.get_xscale() == "symlog" and axis.get_xlim()[0] < 0 and [*axis.get_xticks()] == [0, 1, 2, 5, 10, 20]
+    assert (
+        axis.get_xscale() == "symlog"
+        and axis.get_xlim() == pytest.approx((-0.2, 2.4))
+        and [*axis.get_xticks()] == [0, 1, 2]
+    )
     bands = {label.get_text(): place for label, place in zip(axis.get_yticklabels(), axis.get_yticks())}
     assert bands == {"CartPole-v1": 0, "Hopper-v5": 1.5}
     assert [(text.get_text(), text.xy[1]) for text in axis.texts] == [("100 (1)", 0), ("1,000 (1)", 1), ("100 (2)", 2)]
@@ -707,6 +818,12 @@ def test_a_published_number_is_1_and_a_random_policy_0(plot, tmp_path, monkeypat
     strokes = dict(zip(("sac", "ppo"), legend.get_lines()))
     assert all(stroke.get_color() == plot.COLORS[script] for script, stroke in strokes.items())
     assert [line.get_color() for line in axis.lines[2::2]] == [plot.COLORS[name] for name in ("sac", "ppo", "sac")]
+    wide = [run | {"return": zero + x * 250} for run, x in zip(runs, (-4.0, 30.0))]
+    plot.draw_published(plot.pd.DataFrame(wide), plot.pd.DataFrame(published), tmp_path / "published.png")
+    (axis,) = shown[1].axes
+    assert axis.get_xlim() == pytest.approx((-4.8, 36)), "no dot is cut by the edge"
+    ticks = {label.get_text(): place for label, place in zip(axis.get_xticklabels(), axis.get_xticks())}
+    assert ticks == {"−2": -2, "−1": -1, "0": 0, "1": 1, "2": 2, "5": 5, "10": 10, "20": 20}
 
 
 def test_sources_are_links(plot):
@@ -941,6 +1058,38 @@ def test_profiles_of_several_machines_do_not_mix(tmp_path, capsys):
         speed.append(tmp_path / "profile.csv", speed.PROFILE_FIELDS, row)
     speed.report_profile(tmp_path / "profile.csv")
     assert f"| dqn-CartPole | 1 | {'5.0 | ' * 6}30.0 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    (
+        ({"pairs": -1}, "--pairs must not be below 0"),
+        ({"threads": (0, 1)}, "--threads must be above 0"),
+        ({"out": Path("nowhere/speed.csv")}, "there is no folder nowhere"),
+        ({"chart": Path("nowhere/speed.png")}, "there is no folder nowhere"),
+    ),
+)
+def test_bad_input_to_the_speed_tool_is_refused_before_it_measures(options, message, tmp_path, capsys, monkeypatch):
+    speed = module("speed")
+    monkeypatch.setattr(speed, "measure", lambda task: pytest.fail("it measures"))
+    with pytest.raises(SystemExit) as end:
+        speed.main(speed.Options(**{"out": tmp_path / "speed.csv", "chart": tmp_path / "speed.png"} | options))
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("profile", (False, True))
+def test_runs_of_the_speed_tool_that_fail_are_counted(profile, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    speed = module("speed")
+    spent = dict.fromkeys((*speed.PARTS, "rest"), 1.0) if profile else 9.0
+    monkeypatch.setattr(speed, "measure", lambda task: None if task["threads"] == 2 else spent)
+    where = {"out": tmp_path / "speed.csv", "chart": tmp_path / "speed.png"}
+    options = speed.Options(cases=("a2c-CartPole",), runners=("rungs",), pairs=1, profile=profile, **where)
+    with pytest.raises(SystemExit) as end:
+        speed.main(options)
+    assert end.value.code == 1 and capsys.readouterr().err == ("1 run failed\n" if profile else "2 runs failed\n")
+    speed.main(dataclasses.replace(options, threads=(1,)))
 
 
 @pytest.mark.parametrize("flags", (["--cases", "ppo-CartPol"], ["--runners", "rungs", "sb4"]))
