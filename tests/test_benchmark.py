@@ -416,7 +416,7 @@ def test_an_edit_that_fits_no_place_is_refused_and_one_that_fits_is_run(tmp_path
     with pytest.raises(ValueError, match="times"):
         run.edited("ppo", (("self", "this"),))
     assert run.settings_of("ppo", [], (("a", "b"),)) != run.settings_of("ppo", [])
-    train = "    train(tyro.cli(Args))"
+    train = "    train(tyro.cli(Args, description=__doc__))"
     work = job(tmp_path, *SHORT)._replace(edits=((train, f"    print('edited')\n{train}"),))
     assert run.execute(work, threading.Event()) == "done"
     assert "edited" in Path(work.folder, "log.txt").read_text()

@@ -139,7 +139,7 @@ def test_a_copied_script_runs_alone_in_an_empty_folder(script, here):
 @each_script
 def test_a_copy_that_calls_train_itself_gets_the_flags_that_it_gives(script, here):
     """Its own command line is nobody else's."""
-    text, last = (ROOT / f"{script}.py").read_text(), "    train(tyro.cli(Args))\n"
+    text, last = (ROOT / f"{script}.py").read_text(), "    train(tyro.cli(Args, description=__doc__))\n"
     assert text.endswith(last)
     lines = [
         "folder = train(Args(total_timesteps=600, eval_episodes=1, checkpoint_every=300))",
@@ -329,6 +329,14 @@ def test_help_explains_every_flag(script, monkeypatch, capsys):
     assert list(texts) == names
     assert all(len(text.split()) >= 2 for text in texts.values())
     assert len(set(texts.values())) == len(names), "a text of one flag is that of another"
+
+
+def test_help_begins_with_what_the_script_is(here):
+    """The equations line by line, as in the file."""
+    text, shown = importlib.import_module("sac").__doc__, run("sac", "--help", cwd=here, env={"COLUMNS": "160"}).stdout
+    assert shown.index(text.partition("\n")[0]) < shown.index("--env-id STR")
+    equations = [line for line in text.splitlines() if line.startswith("    ")]
+    assert len(equations) > 8 and set(equations) <= {line.rstrip() for line in shown.splitlines()}
 
 
 @pytest.mark.parametrize("script", ("ppo", *REPLAY))
