@@ -346,7 +346,7 @@ def train(args: Args) -> Path:
     gradients = [accelerated(f, args, device) for f in (critic_gradients, actor_gradients)]
     states = dict(agent=agent, critic_optimizer=critic_optimizer, actor_optimizer=actor_optimizer, buffer=buffer)
     with closing(envs), Run(args, saved, **states) as run:
-        print(buffer.about, flush=True)
+        say(buffer.about)
         step, row = run.step, {}
         obs = reset(envs, args.seed, step)
         while step < args.total_timesteps:
@@ -382,6 +382,12 @@ def fail(message: str, code: int = 2) -> None:
     raise SystemExit(code)
 
 
+def say(text: str) -> None:
+    """Prints a line above the bar. A reader who has left, or who lacks a letter, is no reason to stop."""
+    with suppress(OSError, UnicodeError), tqdm.external_write_mode():
+        print(text, flush=True)
+
+
 def require(condition: bool, message: str) -> None:
     """Refuses bad input."""
     if not condition:
@@ -412,6 +418,7 @@ def check_flags(args: Args) -> torch.device:
 def accelerated(function, args: Args, device: torch.device):
     """The function, with --compile in one graph, on CUDA a CUDA graph, with --onednn multiplying matrices by oneDNN."""
     if args.compile:
+        torch._dynamo.config.recompile_limit = 256  # kinds of networks in one process
         torch._dynamo.config.trace_autograd_ops = True  # lets backward() into the graph
         torch._inductor.config.triton.cudagraph_skip_dynamic_graphs = True  # no CUDA graph for each length of a batch
         mode = "reduce-overhead" if device.type == "cuda" else "default"
@@ -460,8 +467,8 @@ class Plain(gym.Wrapper):
 
     def step(self, action) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Observation, reward, terminated, truncated."""
-        obs, *rest, _ = self.env.step(action)
-        return np.array(obs), *rest, {}
+        obs, reward, *rest, _ = self.env.step(action)
+        return np.array(obs), float(reward), *rest, {}  # a sum of float32 would lose digits
 
 
 def make_envs(args: Args, num_envs: int, video: Path | None = None) -> gym.vector.SyncVectorEnv:
@@ -529,7 +536,7 @@ def evaluate(agent: nn.Module, args: Args, video: Path | None = None) -> dict[st
     return {"eval/episodic_return": mean, "eval/episodic_return_std": std, "eval/episodes": args.eval_episodes}
 
 
-def write_file(path: Path, content: str | dict) -> None:
+def write_file(path: Path, content: str | dict, code: int = 1) -> None:
     """Writes text, or a dict with torch.save, aside and renames it: `path` never holds half a file."""
     if not first():
         return
@@ -545,7 +552,7 @@ def write_file(path: Path, content: str | dict) -> None:
         part.replace(path)
     except (OSError, RuntimeError) as error:  # the second is what torch makes of a full disk
         part.unlink(missing_ok=True)
-        fail(f"{path} cannot be written: {error}", code=1)
+        fail(f"{path} cannot be written: {error}", code)
 
 
 def load_run(args: Args) -> tuple[Args, dict]:
@@ -604,8 +611,8 @@ class Run:
         flags = {"script": SCRIPT} | asdict(args) | {"resume": ""}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_file(self.folder / "args.json", json.dumps(flags, indent=2))
             self.metrics = open(self.folder / "metrics.jsonl" if first() else os.devnull, "ab", buffering=0)
+            write_file(self.folder / "args.json", json.dumps(flags, indent=2), code=2)
             with open(self.metrics.name, "rb") as file:
                 rows = re.finditer(rb'"global_step": (\d+).*\n', file.read(self.metrics.tell()))
             kept = max((row.end() for row in rows if int(row[1]) <= self.step), default=0)
@@ -614,8 +621,8 @@ class Run:
         except OSError as error:
             fail(f"the run's folder cannot be written: {error}")
         start, end = min(self.step, args.total_timesteps), args.total_timesteps
-        print(f"{self.folder}: {SCRIPT} on {args.env_id}, from step {start:,} to {end:,}", flush=True)
-        hidden = None if first() else True  # None: where stderr is no terminal
+        say(f"{self.folder}: {SCRIPT} on {args.env_id}, from step {start:,} to {end:,}")
+        hidden = None if first() and sys.stderr else True  # None: where stderr is no terminal
         self.bar = tqdm(total=end, initial=start, unit=" steps", unit_scale=True, disable=hidden)
         self.returns, self.lengths = [], []
         self.row_step, self.row_time = self.step, time.perf_counter()
@@ -730,7 +737,7 @@ class Run:
             if checkpoint:
                 write_file(self.folder / "checkpoint.pt", {"step": step, "states": states})
         if stopping and not finished:
-            print(f"Stopped at step {step:,}; {self.rescue()}")
+            say(f"Stopped at step {step:,}; {self.rescue()}")
             raise SystemExit(128 + (self.signal or signal.SIGTERM))  # it may have come to another process
         if log or checkpoint or evaluation:
             self.row_step, self.row_time = step, time.perf_counter()
@@ -758,8 +765,7 @@ class Run:
             film = wandb.Video(f"{video}-episode-0.mp4", format="mp4")
             self.to_wandb(self.wandb.log, {"global_step": self.step, "eval/video": film})
         mean, std, episodes = evaluation.values()
-        with suppress(OSError, UnicodeError):  # a reader who has left, or has no ±, is no reason to stop
-            tqdm.write(f"Evaluation at step {self.step:,}: return {mean:.1f} ± {std:.1f} over {episodes} episodes")
+        say(f"Evaluation at step {self.step:,}: return {mean:.1f} ± {std:.1f} over {episodes} episodes")
 
     def finish(self) -> Path:
         """Saves and evaluates the trained agent; returns the run's folder."""

@@ -962,7 +962,8 @@ MUTATIONS = [
         "            if len(returns) > 1:\n",
     ),
     # ----- what environments and evaluations may do
-    Mutation("the last observation is overwritten", "*", "return np.array(obs), *rest, {}", "return obs, *rest, {}"),
+    Mutation("the last observation is overwritten", "*", "return np.array(obs), float", "return obs, float"),
+    Mutation("rewards are summed in their own type", "*", ", float(reward), *rest", ", reward, *rest"),
     Mutation(
         "a signal waits for the last evaluation", "*", "            raise SystemExit(128 + number)", "            pass"
     ),

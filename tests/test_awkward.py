@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import SCRIPTS, flags, rows, takes, tiny_env, train
@@ -12,6 +13,8 @@ ENVIRONMENTS = {
     "OneNumber": (5, 5),
     "Large": (5, 5),
     "Doubles": (5, 5 * (2**24 + 1)),
+    "Halves": (5, 5 * float(np.float16(0.1))),
+    "Tensors": (5, 5),
     "AllIntegers": (5, 10),
     "OneStep": (1, 1),
     "BothEnds": (5, 5),

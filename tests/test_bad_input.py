@@ -168,6 +168,23 @@ def test_a_runs_folder_that_cannot_be_written_is_refused(script, refused, here):
     assert "cannot be written" in refused(script, *flags(script, "--runs-dir", "file"))
 
 
+def test_a_folder_that_cannot_be_written_is_refused_with_its_flags_as_they_were(stopped, refused, monkeypatch):
+    script, folder = stopped
+    before, rows = (folder / "args.json").read_bytes(), (folder / "metrics.jsonl").read_bytes()
+
+    def read_only(file):
+        raise OSError(30, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", read_only)
+        assert "Read-only" in refused(script, "--resume", folder, "--eval-episodes", "3")
+    assert (folder / "metrics.jsonl").read_bytes() == rows
+    (folder / "metrics.jsonl").unlink()
+    (folder / "metrics.jsonl").mkdir()
+    assert "directory" in refused(script, "--resume", folder, "--eval-episodes", "3")
+    assert (folder / "args.json").read_bytes() == before and not (folder / "args.json.part").exists()
+
+
 @pytest.fixture(scope="module", params=SCRIPTS)
 def finished(request, tmp_path_factory) -> tuple[str, Path]:
     """A script and the folder of a run of it that has a checkpoint.pt beside its agent.pt."""

@@ -618,19 +618,19 @@ def test_a_return_that_is_not_finite_ends_the_run_and_is_no_row(module, quiet, c
 
 @everywhere
 @pytest.mark.parametrize("encoding", ("utf-8", "ascii"))
-def test_a_reader_who_has_left_or_lacks_a_letter_does_not_end_the_run(module, encoding, quiet, monkeypatch):
-    args = module.Args(**quiet | {"env_id": clock(module), "eval_episodes": 1})
-    agent = module.Agent(module.make_envs(args, 1), args, torch.device("cpu"))
-    with module.Run(args, {"step": 0, "states": {}}, agent=agent) as run:
-        read, write = os.pipe()
-        os.close(read)
-        with open(write, "w", encoding=encoding, buffering=1) as nobody:
-            monkeypatch.setattr(sys, "stdout", nobody)
-            run.evaluate()
-            monkeypatch.undo()
-            with contextlib.suppress(BrokenPipeError):
-                nobody.close()
-    assert "eval/episodic_return" in rows(run.folder)[-1]
+def test_a_reader_who_has_left_or_lacks_a_letter_does_not_end_the_run(module, encoding, tmp_path, monkeypatch):
+    args = module.Args(
+        env_id=clock(module), eval_episodes=1, eval_every=100, total_timesteps=200, runs_dir=str(tmp_path / "läufe")
+    )
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w", encoding=encoding, buffering=1) as nobody:
+        monkeypatch.setattr(sys, "stdout", nobody)
+        folder = module.train(args)
+        monkeypatch.undo()
+        with contextlib.suppress(BrokenPipeError):
+            nobody.close()
+    assert "eval/episodic_return" in rows(folder)[-1]
 
 
 @everywhere

@@ -318,6 +318,17 @@ def test_a_terminal_shows_the_progress(script, here):
     assert b"%|" in shown and re.search(rb"1\.5\dk.* steps/s, return -?\d", shown)
 
 
+@pytest.mark.parametrize("script", ("ppo", "sac"))
+def test_a_run_that_nobody_looks_at_goes_on_to_its_end(script, here):
+    """stderr is closed, and the reader of stdout has left."""
+    read, write = os.pipe()
+    os.close(read)
+    command = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, ROOT / f"{script}.py", *flags(script)]
+    done = subprocess.run(command, env=environment(), stdout=write)
+    os.close(write)
+    assert done.returncode == 0 and len(evaluations(only_run(here))) == 1
+
+
 @each_script
 def test_help_explains_every_flag(script, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")

@@ -781,6 +781,25 @@ def test_compile_makes_one_graph_of_the_whole_function(module, device, mode, mon
     assert module.accelerated(function, module.Args(compile=False, onednn=False), CPU) is function
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("module", (reinforce, a2c, ppo, dqn, ddpg, td3, sac))
+def test_one_process_may_compile_for_many_networks(module, monkeypatch):
+    """As one that trains with several sizes or environments; torch stops at eight, if nobody tells it to go on."""
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, fullgraph, mode: compiler(f, fullgraph=fullgraph, backend="eager"))
+
+    def function(layer):
+        return {"x": layer(torch.ones(layer.in_features))}
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=8):
+        for width in range(1, 13):
+            layer = torch.nn.Linear(width, 1)
+            x = module.accelerated(function, module.Args(compile=True), CPU)(layer)["x"]
+            assert torch.equal(x, function(layer)["x"])
+    torch._dynamo.reset()
+
+
 # ----- products of matrices -------------------------------------------------------------------------------------------
 
 
