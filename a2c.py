@@ -89,7 +89,7 @@ class Args:
     ent_coef: float = 0.0  # weight of the entropy, c2
     vf_coef: float = 0.5  # weight of the value loss, c1; the optimizer's scaling cancels it, except in the clipped norm
     max_grad_norm: float = 0.5  # largest norm of the gradient; a longer one is scaled down
-    anneal_lr: bool = True  # lower the learning rate linearly to zero
+    anneal_lr: bool = True  # lower the learning rate linearly, to zero at total_timesteps
     norm_obs: bool = True  # normalise observations by their running mean and standard deviation
     norm_reward: bool = True  # divide rewards by the running standard deviation of the return
     init_log_std: float = -0.5  # initial log standard deviation of a Gaussian policy, in units where bounds are +-1
@@ -483,7 +483,7 @@ def require(condition: bool, message: str) -> None:
 def check_flags(args: Args) -> torch.device:
     """Refuses values that no script can run with; returns the device to train on."""
     for name in ("total_timesteps", "num_envs", "learning_rate", "num_threads", "log_every"):
-        require(0 < getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be above 0")
+        require(0 < getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be finite and above 0")
     for name in ("seed", "eval_episodes", "eval_every", "checkpoint_every"):
         require(getattr(args, name) >= 0, f"--{name.replace('_', '-')} must not be below 0")
     for name, x in asdict(args).items():

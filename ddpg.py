@@ -8,7 +8,7 @@ In each update, on a minibatch of a replay buffer (Algorithm 1 of the paper):
 
     y        = r + gamma (1 - terminated) Q'(s', mu'(s'))       the target of the critic
     L(Q)     = E[ (Q(s, a) - y)^2 ]                             the critic goes down L
-    J(mu)    = E[ Q(s, mu(s)) ]                                 the actor goes up J
+    J(mu)    = E[ Q(s, mu(s)) ]                                 the actor mu goes up J
     Q'       = tau Q + (1 - tau) Q', and mu' likewise           the target networks follow slowly, y with them
 
 E is the mean over transitions (s, a, r, s') from the buffer: state, action, reward, next state. Q(s, a), the critic,
@@ -16,10 +16,10 @@ estimates the discounted return that follows action a in state s. A prime marks 
 network (Q') its target network. No gradient goes through y, and each loss moves its own parameters only.
 
 Q-learning needs the maximum of Q over the actions. Over continuous ones that is a search in itself, whose result the
-actor mu learns: grad J = E[ grad_a Q(s, a) grad mu(s) ] at a = mu(s), close to the return's own (Silver et al. 2014).
+actor mu learns: grad J = E[ grad_a Q(s, a) grad mu(s) ] at a = mu(s), nearly that of the return (Silver et al. 2014).
 
 Learning is off-policy: the networks choose the action in s', so transitions of older policies serve as well.
-To explore, the first --learning-starts actions are random; later ones are mu(s) plus Gaussian noise, clipped to -1, 1.
+To explore, the first --learning-starts actions are random; later ones mu(s) plus Gaussian noise, clipped to [-1, 1].
 
 After termination there is no further reward. A time limit (truncation) only cuts the episode short: y still has what
 would have followed s'.
@@ -226,7 +226,7 @@ class ReplayBuffer:
         return {"added": self.added} | {name: x[: self.added].clone() for name, x in self.rows._asdict().items()}
 
     def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
-        """Goes on from `state`; a ring that has begun to overwrite must keep its size."""
+        """Goes on from `state`: all of it must fit, and a ring that has begun to overwrite keep its size."""
         filled = min(state["added"], self.size)
         if filled != len(state["reward"]):
             raise ValueError(f"its replay buffer holds {len(state['reward'])} transitions, not {self.size}")
@@ -328,7 +328,7 @@ def train(args: Args) -> Path:
     device = check_flags(args)
     require(not dist.is_torchelastic_launched(), "torchrun is for reinforce.py, a2c.py and ppo.py")
     for name in ("buffer_size", "train_frequency", "gradient_steps", "batch_size", "tau", "q_lr"):
-        require(0 < getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be above 0")
+        require(0 < getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be finite and above 0")
     for name in ("learning_starts", "exploration_noise"):
         require(0 <= getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must not be below 0")
     require(args.tau <= 1, "--tau must not be above 1")
@@ -397,7 +397,7 @@ def require(condition: bool, message: str) -> None:
 def check_flags(args: Args) -> torch.device:
     """Refuses values that no script can run with; returns the device to train on."""
     for name in ("total_timesteps", "num_envs", "learning_rate", "num_threads", "log_every"):
-        require(0 < getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be above 0")
+        require(0 < getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be finite and above 0")
     for name in ("seed", "eval_episodes", "eval_every", "checkpoint_every"):
         require(getattr(args, name) >= 0, f"--{name.replace('_', '-')} must not be below 0")
     for name, x in asdict(args).items():

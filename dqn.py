@@ -19,7 +19,7 @@ The buffer makes minibatches of transitions that are nearly independent. Q' stan
 copy of Q (tau is 1), so y does not chase each update. Huber's l(x): x^2 / 2 up to |x| = delta (paper: 1), then linear.
 
 --double   (the default) the maximum of noisy values is too high, so one network chooses a', the other rates it
---dueling  Q(s, a) = V(s) + A(s, a) - mean_b A(s, b): every transition teaches V, whatever its action
+--dueling  Q(s, a) = V(s) + A(s, a) - mean_b A(s, b), value and advantage: each transition teaches V
 
 Learning is off-policy: the networks choose the action in s', so transitions of older policies serve as well.
 To explore, the first --learning-starts actions are random, later ones with probability epsilon, which falls linearly.
@@ -27,8 +27,8 @@ To explore, the first --learning-starts actions are random, later ones with prob
 After termination there is no further reward. A time limit (truncation) only cuts the episode short: y still has what
 would have followed s'.
 
-Mnih et al. 2015, "Human-level control through deep reinforcement learning", Nature 518 (there RMSprop). Double: van
-Hasselt, Guez and Silver 2016, arXiv 1509.06461. Dueling: Wang et al. 2016, arXiv 1511.06581 (there two layers a head).
+Mnih et al. 2015, "Human-level control through deep reinforcement learning", Nature 518 (RMSprop, fixed rate). Double:
+van Hasselt et al. 2016, arXiv 1509.06461. Dueling: Wang et al. 2016, arXiv 1511.06581 (there two layers a head).
 
     python dqn.py                                                  # CartPole-v1, which the defaults suit
     python dqn.py --env-id Acrobot-v1 --total-timesteps 100000
@@ -72,7 +72,7 @@ class Args:
     seed: int = 1  # seed of every random generator
     total_timesteps: int = 50_000  # steps, each a transition of one environment; rounded up to whole iterations
     num_envs: int = 1  # environments that step together
-    learning_rate: float = 1e-3  # step size of Q
+    learning_rate: float = 1e-3  # step size of Q, with --anneal-lr the first one
     gamma: float = 0.99  # discount factor
     device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"  # where to train; auto takes a GPU if there is one
     num_threads: int = 1  # CPU threads of torch; one is fastest for small networks, or if every core has a run
@@ -96,9 +96,9 @@ class Args:
     train_frequency: int = 1  # steps between two turns of learning
     gradient_steps: int = 2  # updates in a turn of learning
     batch_size: int = 64  # transitions in an update
-    anneal_lr: bool = True  # lower the learning rate linearly to zero
+    anneal_lr: bool = True  # lower the learning rate linearly, to zero at total_timesteps
     tau: float = 1.0  # how far a target network moves towards its network when it is updated; 1 copies it
-    target_network_frequency: int = 250  # steps between two updates of the target network (in the paper updates of Q)
+    target_network_frequency: int = 250  # steps between two updates of the target network (paper: updates of Q)
     start_e: float = 1.0  # epsilon at step 0; before learning_starts every action is random anyway
     end_e: float = 0.2  # epsilon once it has fallen
     exploration_fraction: float = 0.16  # share of total_timesteps over which epsilon falls
@@ -144,12 +144,12 @@ class Agent(nn.Module):
 
     @torch.inference_mode()
     def act(self, obs: np.ndarray, explore: bool) -> np.ndarray:
-        """Actions (N,) for obs (N, obs_dim): those of the highest Q, with the probability epsilon random ones."""
-        strays = np.random.rand(len(obs)) < (self.epsilon if explore else self.eval_epsilon)
-        if strays.all():
+        """Actions (N,) for obs (N, obs_dim): random with probability epsilon, else those of the highest Q."""
+        at_random = np.random.rand(len(obs)) < (self.epsilon if explore else self.eval_epsilon)
+        if at_random.all():
             return self.random_action(len(obs))
         action = self.critic(as_floats(torch.from_numpy(obs)).to(self.device)).argmax(-1).cpu().numpy()
-        return np.where(strays, self.random_action(len(obs)), action) if strays.any() else action
+        return np.where(at_random, self.random_action(len(obs)), action) if at_random.any() else action
 
     def random_action(self, num_envs: int) -> np.ndarray:
         """Uniformly random actions, in the form of those of `act`."""
@@ -218,7 +218,7 @@ class ReplayBuffer:
         return {"added": self.added} | {name: x[: self.added].clone() for name, x in self.rows._asdict().items()}
 
     def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
-        """Goes on from `state`; a ring that has begun to overwrite must keep its size."""
+        """Goes on from `state`: all of it must fit, and a ring that has begun to overwrite keep its size."""
         filled = min(state["added"], self.size)
         if filled != len(state["reward"]):
             raise ValueError(f"its replay buffer holds {len(state['reward'])} transitions, not {self.size}")
@@ -305,7 +305,7 @@ def train(args: Args) -> Path:
     device = check_flags(args)
     require(not dist.is_torchelastic_launched(), "torchrun is for reinforce.py, a2c.py and ppo.py")
     for name in ("buffer_size", "train_frequency", "gradient_steps", "batch_size", "tau", "target_network_frequency"):
-        require(0 < getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be above 0")
+        require(0 < getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be finite and above 0")
     for name in ("learning_starts", "start_e", "end_e", "eval_epsilon", "exploration_fraction"):
         require(0 <= getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must not be below 0")
     require(args.tau <= 1, "--tau must not be above 1")
@@ -382,7 +382,7 @@ def require(condition: bool, message: str) -> None:
 def check_flags(args: Args) -> torch.device:
     """Refuses values that no script can run with; returns the device to train on."""
     for name in ("total_timesteps", "num_envs", "learning_rate", "num_threads", "log_every"):
-        require(0 < getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be above 0")
+        require(0 < getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be finite and above 0")
     for name in ("seed", "eval_episodes", "eval_every", "checkpoint_every"):
         require(getattr(args, name) >= 0, f"--{name.replace('_', '-')} must not be below 0")
     for name, x in asdict(args).items():

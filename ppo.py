@@ -93,7 +93,7 @@ class Args:
     ent_coef: float = 0.0  # weight of the entropy, c2
     vf_coef: float = 0.5  # weight of the value loss, c1; the optimizer's scaling cancels it, except in the clipped norm
     max_grad_norm: float = 0.5  # largest norm of the gradient; a longer one is scaled down
-    anneal_lr: bool = True  # lower the learning rate linearly to zero
+    anneal_lr: bool = True  # lower the learning rate linearly, to zero at total_timesteps
     update_epochs: int = 4  # passes over a rollout
     num_minibatches: int = 4  # minibatches in a pass
     clip_coef: float = 0.2  # eps: the objective is flat at ratios above 1 + eps if A > 0, below 1 - eps if A < 0
@@ -515,7 +515,7 @@ def require(condition: bool, message: str) -> None:
 def check_flags(args: Args) -> torch.device:
     """Refuses values that no script can run with; returns the device to train on."""
     for name in ("total_timesteps", "num_envs", "learning_rate", "num_threads", "log_every"):
-        require(0 < getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be above 0")
+        require(0 < getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be finite and above 0")
     for name in ("seed", "eval_episodes", "eval_every", "checkpoint_every"):
         require(getattr(args, name) >= 0, f"--{name.replace('_', '-')} must not be below 0")
     for name, x in asdict(args).items():

@@ -9,7 +9,7 @@ In each update, on a minibatch of a replay buffer (Algorithm 1 of the paper):
     a'       = tanh(u'),  u' = m(s') + sigma(s') noise          drawn from the policy pi, the noise is N(0, 1)
     y        = r + gamma (1 - terminated) (min_i Qi'(s', a') - alpha log pi(a'|s'))
     L(Q)     = E[ (Q1(s, a) - y)^2 + (Q2(s, a) - y)^2 ]         the critics go down L
-    J(pi)    = E[ min_i Qi(s, a) - alpha log pi(a|s) ]          the actor goes up J, a drawn from pi as a' above
+    J(pi)    = E[ min_i Qi(s, a) - alpha log pi(a|s) ]          the actor goes up J; here and below a is drawn as a' is
     L(alpha) = E[ -alpha (log pi(a|s) - dim(a)) ]               --autotune: log alpha goes down L, entropy to -dim(a)
     Q'       = tau Q + (1 - tau) Q'                             the target networks follow slowly
 
@@ -26,7 +26,7 @@ dimensions. J has a gradient because a is a function of the actor's outputs m an
 neither (the reparameterization trick).
 
 Learning is off-policy: the networks choose the action in s', so transitions of older policies serve as well.
-To explore, the first --learning-starts actions are random; later ones are drawn from pi.
+To explore, the first --learning-starts actions are random, later ones drawn from pi; evaluations take tanh(m).
 
 After termination there is no further reward. A time limit (truncation) only cuts the episode short: y still has what
 would have followed s'.
@@ -39,7 +39,7 @@ Haarnoja et al. 2018, "Soft actor-critic algorithms and applications", arXiv 181
     python sac.py --resume runs/FOLDER --capture-video             # film a finished run
 
 The diff from td3.py is the random policy with its entropy, and the temperature alpha that sets how random it is. The
-policy's noise smooths the target, so TD3's goes; so do target actor and delay, and the actor climbs the lower critic.
+policy's noise smooths the target, so TD3's goes, and with it target actor and delay. The actor climbs the lower critic.
 """
 
 import copy
@@ -103,7 +103,7 @@ class Args:
     batch_size: int = 256  # transitions in an update
     tau: float = 0.005  # how far a target network moves towards its network when it is updated; 1 copies it
     q_lr: float = 1e-3  # step size of Q and of the temperature
-    autotune: bool = True  # tune the temperature to an entropy of minus the number of action dimensions
+    autotune: bool = True  # tune the temperature so that the entropy goes to minus the number of action dimensions
     alpha: float = 0.2  # temperature, with --autotune the initial one
 
 
@@ -233,7 +233,7 @@ class ReplayBuffer:
         return {"added": self.added} | {name: x[: self.added].clone() for name, x in self.rows._asdict().items()}
 
     def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
-        """Goes on from `state`; a ring that has begun to overwrite must keep its size."""
+        """Goes on from `state`: all of it must fit, and a ring that has begun to overwrite keep its size."""
         filled = min(state["added"], self.size)
         if filled != len(state["reward"]):
             raise ValueError(f"its replay buffer holds {len(state['reward'])} transitions, not {self.size}")
@@ -268,7 +268,7 @@ def squashed_log_prob(u: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
 
 
 def draw(actor: SquashedGaussianActor, obs: Tensor) -> tuple[Tensor, Tensor]:
-    """Actions (B, action_dim) drawn from pi(.|s), and their log pi(a|s) (B,); both have gradients."""
+    """Actions (B, action_dim) drawn from pi(.|s), and their log pi(a|s) (B,); both differentiable."""
     mean, log_std = actor(obs)
     u = mean + log_std.exp() * torch.randn_like(mean)
     return u.tanh(), squashed_log_prob(u, mean, log_std)
@@ -360,7 +360,7 @@ def train(args: Args) -> Path:
     device = check_flags(args)
     require(not dist.is_torchelastic_launched(), "torchrun is for reinforce.py, a2c.py and ppo.py")
     for name in ("buffer_size", "train_frequency", "gradient_steps", "batch_size", "tau", "q_lr", "alpha"):
-        require(0 < getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be above 0")
+        require(0 < getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be finite and above 0")
     require(args.learning_starts >= 0, "--learning-starts must not be below 0")
     require(args.tau <= 1, "--tau must not be above 1")
     envs = make_envs(args, args.num_envs)
@@ -431,7 +431,7 @@ def require(condition: bool, message: str) -> None:
 def check_flags(args: Args) -> torch.device:
     """Refuses values that no script can run with; returns the device to train on."""
     for name in ("total_timesteps", "num_envs", "learning_rate", "num_threads", "log_every"):
-        require(0 < getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be above 0")
+        require(0 < getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be finite and above 0")
     for name in ("seed", "eval_episodes", "eval_every", "checkpoint_every"):
         require(getattr(args, name) >= 0, f"--{name.replace('_', '-')} must not be below 0")
     for name, x in asdict(args).items():

@@ -22,7 +22,7 @@ The noise in a' averages Q' over similar actions, so that no narrow peak pays; c
 critics settle before the actor follows them; d is --policy-frequency, sigma --policy-noise.
 
 Learning is off-policy: the networks choose the action in s', so transitions of older policies serve as well.
-To explore, the first --learning-starts actions are random; later ones are mu(s) plus Gaussian noise, clipped to -1, 1.
+To explore, the first --learning-starts actions are random; later ones mu(s) plus Gaussian noise, clipped to [-1, 1].
 
 After termination there is no further reward. A time limit (truncation) only cuts the episode short: y still has what
 would have followed s'.
@@ -100,7 +100,7 @@ class Args:
     q_lr: float = 1e-3  # step size of Q
     exploration_noise: float = 0.1  # standard deviation of the noise on actions, in units where bounds are +-1
     policy_frequency: int = 2  # d: updates of the critics for one of the actor and the target networks
-    policy_noise: float = 0.2  # standard deviation of the noise on the actions of the target, in the same units
+    policy_noise: float = 0.2  # sigma: standard deviation of the noise on the actions of the target, in the same units
     noise_clip: float = 0.5  # c: the largest noise on the actions of the target
 
 
@@ -230,7 +230,7 @@ class ReplayBuffer:
         return {"added": self.added} | {name: x[: self.added].clone() for name, x in self.rows._asdict().items()}
 
     def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
-        """Goes on from `state`; a ring that has begun to overwrite must keep its size."""
+        """Goes on from `state`: all of it must fit, and a ring that has begun to overwrite keep its size."""
         filled = min(state["added"], self.size)
         if filled != len(state["reward"]):
             raise ValueError(f"its replay buffer holds {len(state['reward'])} transitions, not {self.size}")
@@ -338,7 +338,7 @@ def train(args: Args) -> Path:
     device = check_flags(args)
     require(not dist.is_torchelastic_launched(), "torchrun is for reinforce.py, a2c.py and ppo.py")
     for name in ("buffer_size", "train_frequency", "gradient_steps", "batch_size", "tau", "q_lr", "policy_frequency"):
-        require(0 < getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be above 0")
+        require(0 < getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be finite and above 0")
     for name in ("learning_starts", "exploration_noise", "policy_noise", "noise_clip"):
         require(0 <= getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must not be below 0")
     require(args.tau <= 1, "--tau must not be above 1")
@@ -407,7 +407,7 @@ def require(condition: bool, message: str) -> None:
 def check_flags(args: Args) -> torch.device:
     """Refuses values that no script can run with; returns the device to train on."""
     for name in ("total_timesteps", "num_envs", "learning_rate", "num_threads", "log_every"):
-        require(0 < getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be above 0")
+        require(0 < getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be finite and above 0")
     for name in ("seed", "eval_episodes", "eval_every", "checkpoint_every"):
         require(getattr(args, name) >= 0, f"--{name.replace('_', '-')} must not be below 0")
     for name, x in asdict(args).items():

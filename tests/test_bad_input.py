@@ -54,7 +54,7 @@ BAD_FLAGS = [
     ("--hidden-sizes 0 8", "--hidden-sizes", "above 0"),
     ("--hidden-sizes 8 -1", "--hidden-sizes", "above 0"),
     ("--learning-rate nan", "--learning-rate"),
-    ("--learning-rate inf", "--learning-rate"),
+    ("--learning-rate inf", "--learning-rate", "finite"),
     ("--learning-rate 0", "--learning-rate", "above 0"),
     ("--learning-rate -1e-3", "--learning-rate", "above 0"),
     *(
