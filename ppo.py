@@ -69,8 +69,8 @@ class Args:
     seed: int = 1  # seed of every random generator
     total_timesteps: int = 500_000  # steps, each a transition of one environment; rounded up to whole iterations
     num_envs: int = 4  # environments that step together
-    learning_rate: float = 2.5e-4  # step size of the optimizer
-    gamma: float = 0.99  # discount factor
+    learning_rate: float = 2.5e-4  # step size of the optimizer (Baselines', for Atari)
+    gamma: float = 0.99  # discount factor (that of most papers)
     device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"  # where to train; auto takes a GPU if there is one
     num_threads: int = 1  # CPU threads of torch; one is fastest for small networks, or if every core has a run
     onednn: bool = False  # multiply with oneDNN where that stays float32: faster for wide layers on AMD with AVX-512
@@ -87,22 +87,22 @@ class Args:
     checkpoint_every: int = 0  # steps between two checkpoints, each of which resets the environments; 0 for none
     resume: str = ""  # folder of a run to go on with; its flags apply, except those given here
 
-    hidden_sizes: tuple[int, int] = (64, 64)  # units of the two hidden layers of each network
-    num_steps: int = 128  # steps of each environment in a rollout
+    hidden_sizes: tuple[int, int] = (64, 64)  # units of the two hidden layers of each network (PPO's paper)
+    num_steps: int = 128  # steps of each environment in a rollout (the paper, for Atari)
     gae_lambda: float = 0.95  # lambda of GAE: 1 for n-step returns minus V; 0 for the TD error, less noisy, more biased
-    ent_coef: float = 0.0  # weight of the entropy, c2
+    ent_coef: float = 0.0  # weight of the entropy, c2 (PPO's paper: 0 on MuJoCo)
     vf_coef: float = 0.5  # weight of the value loss, c1; the optimizer's scaling cancels it, except in the clipped norm
-    max_grad_norm: float = 0.5  # largest norm of the gradient; a longer one is scaled down
+    max_grad_norm: float = 0.5  # largest norm of the gradient; a longer one is scaled down (Baselines')
     anneal_lr: bool = True  # lower the learning rate linearly, to zero at total_timesteps
-    update_epochs: int = 4  # passes over a rollout
-    num_minibatches: int = 4  # minibatches in a pass
-    clip_coef: float = 0.2  # eps: the objective is flat at ratios above 1 + eps if A > 0, below 1 - eps if A < 0
+    update_epochs: int = 4  # passes over a rollout (Baselines')
+    num_minibatches: int = 4  # minibatches in a pass (Baselines')
+    clip_coef: float = 0.2  # eps (the paper's): flat at ratios above 1 + eps if A > 0, below 1 - eps if A < 0
     clip_vloss: bool = False  # clip the change of the value by eps too (in ppo2, not in the paper)
     norm_adv: bool = True  # normalise the advantages of a minibatch to mean 0 and standard deviation 1
     target_kl: float | None = None  # no further pass if the last minibatch of one estimates KL(pi_old || pi) above this
     norm_obs: bool = True  # normalise observations by their running mean and standard deviation
     norm_reward: bool = True  # divide rewards by the running standard deviation of the return
-    init_log_std: float = -0.5  # initial log standard deviation of a Gaussian policy, in units where bounds are +-1
+    init_log_std: float = -0.5  # initial log standard deviation of a Gaussian policy where bounds are +-1 (Tianshou's)
 
 
 # ----- networks -------------------------------------------------------------------------------------------------------

@@ -68,8 +68,8 @@ class Args:
     seed: int = 1  # seed of every random generator
     total_timesteps: int = 300_000  # steps, each a transition of one environment; rounded up to whole iterations
     num_envs: int = 8  # environments that step together; a batch has one episode of each
-    learning_rate: float = 2e-3  # step size of the optimizer
-    gamma: float = 0.99  # discount factor
+    learning_rate: float = 2e-3  # step size of the optimizer (ours)
+    gamma: float = 0.99  # discount factor (that of most papers)
     device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"  # where to train; auto takes a GPU if there is one
     num_threads: int = 1  # CPU threads of torch; one is fastest for small networks, or if every core has a run
     onednn: bool = False  # multiply with oneDNN where that stays float32: faster for wide layers on AMD with AVX-512
@@ -86,12 +86,12 @@ class Args:
     checkpoint_every: int = 0  # steps between two checkpoints, each of which resets the environments; 0 for none
     resume: str = ""  # folder of a run to go on with; its flags apply, except those given here
 
-    hidden_sizes: tuple[int, int] = (64, 64)  # units of the two hidden layers of each network
+    hidden_sizes: tuple[int, int] = (64, 64)  # units of the two hidden layers of each network (PPO's paper)
     baseline: Literal["none", "mean", "value"] = "value"  # what is subtracted from the reward-to-go
     anneal_lr: bool = True  # lower the learning rate linearly, to zero at total_timesteps
     norm_obs: bool = True  # normalise observations by their running mean and standard deviation
     norm_reward: bool = True  # divide rewards by the running standard deviation of the return
-    init_log_std: float = -0.5  # initial log standard deviation of a Gaussian policy, in units where bounds are +-1
+    init_log_std: float = -0.5  # initial log standard deviation of a Gaussian policy where bounds are +-1 (Tianshou's)
 
 
 # ----- networks -------------------------------------------------------------------------------------------------------

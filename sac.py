@@ -77,8 +77,8 @@ class Args:
     seed: int = 1  # seed of every random generator
     total_timesteps: int = 20_000  # steps, each a transition of one environment; rounded up to whole iterations
     num_envs: int = 1  # environments that step together
-    learning_rate: float = 1e-3  # step size of the actor
-    gamma: float = 0.99  # discount factor
+    learning_rate: float = 1e-3  # step size of the actor (TD3's paper; SAC's: 3e-4)
+    gamma: float = 0.99  # discount factor (that of most papers)
     device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"  # where to train; auto takes a GPU if there is one
     num_threads: int = 1  # CPU threads of torch; one is fastest for small networks, or if every core has a run
     onednn: bool = True  # multiply with oneDNN where that stays float32: faster for wide layers on AMD with AVX-512
@@ -95,16 +95,16 @@ class Args:
     checkpoint_every: int = 0  # steps between two checkpoints, each of which resets the environments; 0 for none
     resume: str = ""  # folder of a run to go on with; its flags apply, except those given here
 
-    hidden_sizes: tuple[int, int] = (256, 256)  # units of the two hidden layers of each network
-    buffer_size: int = 1_000_000  # transitions in the replay buffer; the oldest give way
-    learning_starts: int = 1_000  # the first steps, without updates and with uniformly random actions
+    hidden_sizes: tuple[int, int] = (256, 256)  # units of the two hidden layers of each network (SAC's paper)
+    buffer_size: int = 1_000_000  # transitions in the replay buffer (as in the papers); the oldest give way
+    learning_starts: int = 1_000  # first steps, with uniformly random actions, no updates (TD3's paper: 1k or 10k)
     train_frequency: int = 1  # steps between two turns of learning
     gradient_steps: int = 1  # updates in a turn of learning
-    batch_size: int = 256  # transitions in an update
-    tau: float = 0.005  # how far a target network moves towards its network when it is updated; 1 copies it
-    q_lr: float = 1e-3  # step size of Q and of the temperature
+    batch_size: int = 256  # transitions in an update (SAC's paper)
+    tau: float = 0.005  # how far a target network moves towards its network when it is updated; 1 copies it (TD3's)
+    q_lr: float = 1e-3  # step size of Q and of the temperature (the paper: 3e-4)
     autotune: bool = True  # tune the temperature so that the entropy goes to minus the number of action dimensions
-    alpha: float = 0.2  # temperature, with --autotune the initial one
+    alpha: float = 0.2  # temperature, with --autotune the initial one (Spinning Up's)
 
 
 # ----- networks -------------------------------------------------------------------------------------------------------

@@ -72,8 +72,8 @@ class Args:
     seed: int = 1  # seed of every random generator
     total_timesteps: int = 20_000  # steps, each a transition of one environment; rounded up to whole iterations
     num_envs: int = 1  # environments that step together
-    learning_rate: float = 1e-3  # step size of the actor
-    gamma: float = 0.99  # discount factor
+    learning_rate: float = 1e-3  # step size of the actor (TD3's paper; SAC's: 3e-4)
+    gamma: float = 0.99  # discount factor (that of most papers)
     device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"  # where to train; auto takes a GPU if there is one
     num_threads: int = 1  # CPU threads of torch; one is fastest for small networks, or if every core has a run
     onednn: bool = True  # multiply with oneDNN where that stays float32: faster for wide layers on AMD with AVX-512
@@ -90,18 +90,18 @@ class Args:
     checkpoint_every: int = 0  # steps between two checkpoints, each of which resets the environments; 0 for none
     resume: str = ""  # folder of a run to go on with; its flags apply, except those given here
 
-    hidden_sizes: tuple[int, int] = (256, 256)  # units of the two hidden layers of each network
-    buffer_size: int = 1_000_000  # transitions in the replay buffer; the oldest give way
-    learning_starts: int = 1_000  # the first steps, without updates and with uniformly random actions
+    hidden_sizes: tuple[int, int] = (256, 256)  # units of the two hidden layers of each network (SAC's paper)
+    buffer_size: int = 1_000_000  # transitions in the replay buffer (as in the papers); the oldest give way
+    learning_starts: int = 1_000  # first steps, with uniformly random actions, no updates (TD3's paper: 1k or 10k)
     train_frequency: int = 1  # steps between two turns of learning
     gradient_steps: int = 1  # updates in a turn of learning
-    batch_size: int = 256  # transitions in an update
-    tau: float = 0.005  # how far a target network moves towards its network when it is updated; 1 copies it
-    q_lr: float = 1e-3  # step size of Q
-    exploration_noise: float = 0.1  # standard deviation of the noise on actions, in units where bounds are +-1
-    policy_frequency: int = 2  # d: updates of the critics for one of the actor and the target networks
-    policy_noise: float = 0.2  # sigma: standard deviation of the noise on the actions of the target, in the same units
-    noise_clip: float = 0.5  # c: the largest noise on the actions of the target
+    batch_size: int = 256  # transitions in an update (SAC's paper)
+    tau: float = 0.005  # how far a target network moves towards its network when it is updated; 1 copies it (TD3's)
+    q_lr: float = 1e-3  # step size of Q (TD3's paper)
+    exploration_noise: float = 0.1  # standard deviation of the noise on actions where bounds are +-1 (TD3's paper)
+    policy_frequency: int = 2  # d: updates of the critics for one of the actor and the target networks (the paper's)
+    policy_noise: float = 0.2  # sigma: standard deviation of the noise on the actions of the target (the paper's)
+    noise_clip: float = 0.5  # c: the largest noise on the actions of the target (the paper's)
 
 
 # ----- networks -------------------------------------------------------------------------------------------------------
