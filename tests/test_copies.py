@@ -103,7 +103,7 @@ def test_imports_and_metadata_are_one_text():
 
 
 def test_common_flags_come_first_and_alike():
-    """Same order, names, types and help; the default too, unless the algorithm needs another, with a source of its own."""
+    """Same order, names, types and help; but the algorithm may need another default, from another source."""
     for path in SCRIPTS:
         assert list(flags(path))[: len(COMMON_FLAGS)] == COMMON_FLAGS, path.name
     of_the_algorithm = ("env_id", "total_timesteps", "num_envs", "learning_rate", "onednn", "hidden_sizes")
