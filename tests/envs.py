@@ -9,7 +9,6 @@ import signal
 
 import gymnasium as gym
 import numpy as np
-import torch
 from gymnasium.envs.classic_control import CartPoleEnv, PendulumEnv
 from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
 
@@ -110,14 +109,6 @@ class Halves(Tiny):
     def step(self, action):
         obs, _, *rest = super().step(action)
         return obs, np.float16(0.1), *rest
-
-
-class Tensors(Tiny):
-    """Rewards are tensors."""
-
-    def step(self, action):
-        obs, reward, *rest = super().step(action)
-        return obs, torch.tensor(reward), *rest
 
 
 class AllIntegers(OneNumber):
@@ -237,7 +228,7 @@ class SignalsPendulum(Signals, PendulumEnv):
 # Unequal, asymmetric bounds, and a shape that must be flattened for the networks and given back to the environment.
 UNEVEN = Box(np.array([[-1], [0]], np.float32), np.array([[3], [0.5]], np.float32))
 
-AWKWARD = (OneNumber, Large, Doubles, Halves, Tensors, AllIntegers, OneStep, BothEnds, Millions, Infos, OneArray)
+AWKWARD = (OneNumber, Large, Doubles, Halves, AllIntegers, OneStep, BothEnds, Millions, Infos, OneArray)
 for kind in (Raises, NaN, Ledger, Forever, Limited, DictObs, *AWKWARD):
     gym.register(f"{kind.__name__}-v0", kind)
     gym.register(f"{kind.__name__}Box-v0", kind, kwargs={"action_space": UNEVEN})

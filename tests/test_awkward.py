@@ -14,7 +14,6 @@ ENVIRONMENTS = {
     "Large": (5, 5),
     "Doubles": (5, 5 * (2**24 + 1)),
     "Halves": (5, 5 * float(np.float16(0.1))),
-    "Tensors": (5, 5),
     "AllIntegers": (5, 10),
     "OneStep": (1, 1),
     "BothEnds": (5, 5),

@@ -366,6 +366,16 @@ def test_a_batch_that_is_cut_is_completed_by_v_as_after_a_time_limit(monkeypatch
 
 
 @everywhere
+@pytest.mark.parametrize("kind", (float, int, np.float16, np.float32, torch.tensor))
+def test_rewards_are_numbers_of_python(module, kind):
+    """Or their sum, the return of an episode, would be rounded as they are, and a tensor is nothing for JSON."""
+    env = module.Plain(gym.wrappers.TransformReward(Clock(), kind))
+    env.reset()
+    _, reward, *_ = env.step(0)
+    assert type(reward) is float and reward == 1
+
+
+@everywhere
 def test_evaluation_forks_the_generator_of_the_device(module, monkeypatch):
     """So that it stays as it was. A GPU is not needed to see that it is asked for."""
     forked, fork = [], torch.random.fork_rng
