@@ -86,7 +86,7 @@ def classic(seeds: int = 10) -> list[Experiment]:
     )
     zoo_sac_car = (
         "--learning-rate 3e-4 --q-lr 3e-4 --batch-size 512 --buffer-size 50000 --gamma 0.9999 --tau 0.01 "
-        "--train-frequency 32 --gradient-steps 32 --no-autotune --alpha 0.1"
+        "--train-frequency 32 --gradient-steps 32 --no-autotune --alpha 0.1 --hidden-sizes 64 64"
     )
     zoo_ppo_acrobot = "--num-envs 16 --num-steps 256 --gae-lambda 0.94 --num-minibatches 64 --learning-rate 3e-4"
     zoo_ppo_car = "--num-envs 16 --num-steps 16 --gae-lambda 0.98 --learning-rate 3e-4"
