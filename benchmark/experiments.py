@@ -92,7 +92,7 @@ def classic(seeds: int = 10) -> list[Experiment]:
     zoo_ppo_car = "--num-envs 16 --num-steps 16 --gae-lambda 0.98 --learning-rate 3e-4"
     ppo_pendulum = "--gamma 0.95 --gae-lambda 0.9 --init-log-std 0 --learning-rate 1e-3 --num-steps 256 "
     ppo_pendulum += "--update-epochs 10 --num-minibatches 16"
-    # Random actions reach the goal in 0.3 % of the episodes if they are uniform, in 7 % if most lie at a bound.
+    # Random actions reach the goal in 0.2 % of the episodes if they are uniform, in 9 % if most lie at a bound.
     wide, strong_noise = "--init-log-std 1", "--exploration-noise 3 --train-frequency 8"
     ppo_car = "--num-envs 1 --num-steps 512 --update-epochs 10 --num-minibatches 8 --learning-rate 3e-4"
     a2c_pendulum = "--num-envs 8 --num-steps 8 --gae-lambda 0.9 --gamma 0.95 --init-log-std 0 --learning-rate 1e-3"
