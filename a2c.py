@@ -507,6 +507,7 @@ def accelerated(function, args: Args, device: torch.device):
         torch._dynamo.config.recompile_limit = 256  # kinds of networks in one process
         torch._dynamo.config.trace_autograd_ops = True  # lets backward() into the graph
         torch._inductor.config.triton.cudagraph_skip_dynamic_graphs = True  # no CUDA graph for each length of a batch
+        torch._inductor.config.fallback_random = device.type == "cpu"  # there its own random numbers are slow
         mode = "reduce-overhead" if device.type == "cuda" else "default"
         graph = torch.compile(function, fullgraph=True, mode=mode)
 
@@ -515,8 +516,9 @@ def accelerated(function, args: Args, device: torch.device):
             return {name: x.clone() for name, x in graph(*inputs).items()}
 
     cpu = torch.cpu.get_capabilities()
-    exact = cpu.get("avx512_bf16") and not cpu.get("amx_bf16")  # "bf16" rounds on AMX only; else it stays float32
-    if not (args.onednn and exact and device.type == "cpu"):
+    faster = cpu.get("avx512_bf16") and cpu.get("cpu_name", "").startswith("AMD")  # on Intel MKL is faster
+    exact = not cpu.get("amx_bf16")  # "bf16" rounds where there is AMX; else it stays float32
+    if not (args.onednn and faster and exact and device.type == "cpu"):
         return function
 
     def with_onednn(*inputs):

@@ -744,8 +744,6 @@ def test_compiled_updates_agree_with_the_eager_ones(module):
         names = ("critic_gradients",) if module is dqn else ("critic_gradients", "actor_gradients")
         gradients = [getattr(module, name) for name in names]
         if compiled:
-            # The compiled code has random numbers of its own unless it falls back on those of torch.
-            torch._inductor.config.fallback_random = True
             gradients = [module.accelerated(function, module.Args(compile=True), CPU) for function in gradients]
         torch.manual_seed(7)
         for i in range(20):
@@ -754,7 +752,6 @@ def test_compiled_updates_agree_with_the_eager_ones(module):
             chosen = gradients[0] if module is dqn else gradients
             update(agent, *made, make_batch(module, seed=i), args, *number, gradients=chosen)
         states.append(clone(agent))
-    torch._inductor.config.fallback_random = False
     for name, x in states[0].items():
         torch.testing.assert_close(states[1][name], x, rtol=1e-6, atol=1e-8)
 
@@ -803,25 +800,43 @@ def test_one_process_may_compile_for_many_networks(module, monkeypatch):
 # ----- products of matrices -------------------------------------------------------------------------------------------
 
 
+ZEN4 = {"cpu_name": "AMD EPYC 9R14", "avx512_bf16": True, "amx_bf16": False}
+
+
 @pytest.mark.parametrize("module", (reinforce, a2c, ppo, dqn, ddpg, td3, sac))
 def test_onednn_multiplies_in_float32_or_not_at_all(module):
     """Products of rounded factors (bfloat16) would be wrong in the third digit."""
     x, y = torch.randn(2, 256, 256, dtype=torch.float32)
+    accelerated = module.accelerated(torch.matmul, module.Args(onednn=True), CPU)
+    assert (accelerated(x, y) - x.double() @ y.double()).abs().max() < 5e-4
+
+
+@pytest.mark.parametrize("module", (reinforce, a2c, ppo, dqn, ddpg, td3, sac))
+@pytest.mark.parametrize(
+    "cpu, device, used",
+    (
+        (ZEN4, "cpu", "bf16"),
+        (ZEN4, "cuda", "none"),
+        (ZEN4 | {"amx_bf16": True}, "cpu", "none"),
+        (ZEN4 | {"avx512_bf16": False}, "cpu", "none"),
+        (ZEN4 | {"cpu_name": "Intel Xeon"}, "cpu", "none"),
+        ({}, "cpu", "none"),
+    ),
+)
+def test_onednn_is_used_where_it_is_faster_and_exact(module, cpu, device, used, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
     precisions = []
 
-    def product(x, y):
+    def product():
         precisions.append(torch.backends.mkldnn.matmul.fp32_precision)
         if len(precisions) == 3:
             raise RuntimeError
-        return x @ y
 
-    accelerated = module.accelerated(product, module.Args(onednn=True), CPU)
-    assert (accelerated(x, y) - x.double() @ y.double()).abs().max() < 5e-4
-    assert module.accelerated(product, module.Args(onednn=False), CPU) is product
-    product(x, y)
+    accelerated = module.accelerated(product, module.Args(onednn=True), torch.device(device))
+    accelerated()
+    assert module.accelerated(product, module.Args(onednn=False), torch.device(device)) is product
+    product()
     with pytest.raises(RuntimeError):
-        accelerated(x, y)
-    cpu = torch.cpu.get_capabilities()
-    used = "bf16" if cpu.get("avx512_bf16") and not cpu.get("amx_bf16") else "none"
+        accelerated()
     assert precisions == [used, "none", used]
     assert torch.backends.mkldnn.matmul.fp32_precision == "none", "also after an error"
