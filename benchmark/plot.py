@@ -257,7 +257,7 @@ def ranges(seeds: list[int]) -> str:
 
 def number(x: float) -> str:
     """About three digits, with a real minus sign."""
-    return f"{x:,.{0 if abs(x) >= 1000 else 1}f}".replace("-", "−")
+    return f"{x:z,.{0 if abs(x) >= 1000 else 1}f}".replace("-", "−")
 
 
 def spread(returns: np.ndarray) -> str:

@@ -5,6 +5,7 @@
     python benchmark/speed.py --cases sac-HalfCheetah --pairs 3  # a part of them
     python benchmark/speed.py --scaling                          # the scripts over environments, threads and widths
     python benchmark/speed.py --profile                          # what the time of a step goes into
+    python benchmark/speed.py --width 8                          # the pairs with narrow layers: what is not products
     python benchmark/speed.py --pairs 0                          # the tables and figures of what was measured
 
 A pair is one run of the script and one of each peer, one after the other, each in a process of its own, with the same
@@ -79,6 +80,7 @@ class Options:
     runners: tuple[str, ...] = tuple(RUNNERS)  # of these, each in a pair
     threads: tuple[int, ...] = (1, 2)  # threads of each runner; of each the better number counts
     pairs: int = 5  # runs of each
+    width: int = 0  # units of each hidden layer of the script and its peers; 0 for those of the case
     scaling: bool = False  # measure the scripts over environments, threads and widths instead of beside their peers
     profile: bool = False  # measure the parts of the scripts' steps on the CPU instead
     device: Literal["cpu", "cuda", "mps"] = "cpu"  # of the scripts and of sb3
@@ -152,6 +154,7 @@ def run_script(task: dict) -> float:
         warm_up, steps = 200 * task["num_envs"] + warm_up // 4, 400 * task["num_envs"] + steps // 4
     if task["width"]:
         flags = flags | dict(hidden_sizes=(task["width"],) * 2)
+    if task["width"] > 256:
         steps //= 4  # the widest makes 20 steps a second
     times = []
     advance = module.Run.advance
@@ -195,6 +198,8 @@ def run_peer(task: dict) -> float:
 
     if task["runner"] == "sb3":
         options = options | dict(device=task["device"])
+    if task["width"]:
+        options = options | dict(policy_kwargs=dict(net_arch=[task["width"]] * 2))
     envs = make_vec_env(env_id, n_envs=flags.get("num_envs", 1))
     getattr(module, name)("MlpPolicy", envs, seed=1, **options).learn(warm_up + steps, callback=Timer())
     return clock(times, warm_up)
@@ -210,6 +215,8 @@ def run_limit(task: dict) -> float:
     on_policy = "num_steps" in flags
     start = 0 if on_policy else flags["learning_starts"]
     steps = 2 * flags["num_steps"] * flags["num_envs"] if on_policy else 200
+    if task["width"]:
+        flags = flags | dict(hidden_sizes=(task["width"],) * 2)
     args = module.Args(
         env_id=env_id, eval_episodes=0, num_threads=task["threads"], runs_dir=tempfile.mkdtemp(), **flags
     )
@@ -308,7 +315,7 @@ def measure_all(options: Options) -> int:
         groups = [shapes]
     else:
         runners = ("limit", *options.runners)
-        groups = [[(case, r, t, 0, 0) for r in runners for t in options.threads] for case in options.cases]
+        groups = [[(case, r, t, 0, options.width) for r in runners for t in options.threads] for case in options.cases]
     made = {name.split("-")[0]: made_with(name.split("-")[0]) for name in CASES}
     for package in PEERS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -383,9 +390,10 @@ def report(speeds: dict[tuple, dict[int, float]]) -> None:
             print(f"| {' | '.join(cells)} |")
     scaling = {key: values for key, values in speeds.items() if key[3:] != (0, 0)}
     if scaling:
-        print("\n| case | threads | environments | width | steps/s (range) |\n|---|---|---|---|---|")
-    for (case, _, threads, num_envs, width), values in sorted(scaling.items()):
-        print(f"| {case} | {threads} | {num_envs or ''} | {width or ''} | {spread(values.values(), ',.0f')} |")
+        print("\n| case | runner | threads | environments | width | steps/s (range) |\n|---|---|---|---|---|---|")
+    for (case, runner, threads, num_envs, width), values in sorted(scaling.items()):
+        cells = [case, RUNNERS.get(runner, runner), threads, num_envs or "", width or ""]
+        print(f"| {' | '.join(map(str, cells))} | {spread(values.values(), ',.0f')} |")
 
 
 def spread(values: Iterable[float], form: str) -> str:
@@ -428,8 +436,9 @@ def main(options: Options) -> None:
     for names, known in ((options.cases, CASES), (options.runners, RUNNERS)):
         if unknown := set(names) - set(known):
             fail(f"{', '.join(sorted(unknown))}: choose from {', '.join(known)}")
-    if options.pairs < 0:
-        fail("--pairs must not be below 0")
+    for name in ("pairs", "width"):
+        if getattr(options, name) < 0:
+            fail(f"--{name} must not be below 0")
     if min(options.threads, default=1) < 1:
         fail("--threads must be above 0")
     for path in (options.out, options.chart):

@@ -950,6 +950,14 @@ MUTATIONS = [
         "--compile compiles nothing", "*", "    if args.compile:\n", "    if args.compile and dist.is_initialized():\n"
     ),
     Mutation(
+        "compiled code draws random numbers of its own",
+        "*",
+        'fallback_random = device.type == "cpu"',
+        "fallback_random = False",
+    ),
+    Mutation("oneDNN multiplies on Intel too", "*", '.startswith("AMD")', '.startswith("")'),
+    Mutation("oneDNN multiplies where it rounds", "*", 'exact = not cpu.get("amx_bf16")', "exact = True"),
+    Mutation(
         "a buffer may be half as large again as the memory",
         "dqn.py ddpg.py td3.py sac.py",
         "megabytes * 1e6 < free",

@@ -1064,6 +1064,7 @@ def test_profiles_of_several_machines_do_not_mix(tmp_path, capsys):
     "options, message",
     (
         ({"pairs": -1}, "--pairs must not be below 0"),
+        ({"width": -1}, "--width must not be below 0"),
         ({"threads": (0, 1)}, "--threads must be above 0"),
         ({"out": Path("nowhere/speed.csv")}, "there is no folder nowhere"),
         ({"chart": Path("nowhere/speed.png")}, "there is no folder nowhere"),
@@ -1090,6 +1091,16 @@ def test_runs_of_the_speed_tool_that_fail_are_counted(profile, tmp_path, capsys,
         speed.main(options)
     assert end.value.code == 1 and capsys.readouterr().err == ("1 run failed\n" if profile else "2 runs failed\n")
     speed.main(dataclasses.replace(options, threads=(1,)))
+
+
+def test_every_runner_of_a_pair_has_the_width_that_was_asked_for(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    speed, widths = module("speed"), {}
+    monkeypatch.setattr(speed, "measure", lambda task: widths.setdefault(task["runner"], 100.0 + task["width"]))
+    where = {"out": tmp_path / "speed.csv", "chart": tmp_path / "speed.png"}
+    speed.main(speed.Options(cases=("sac-HalfCheetah",), pairs=1, threads=(1,), width=8, **where))
+    assert widths == dict.fromkeys(("limit", *speed.RUNNERS), 108.0)
+    assert "| sac-HalfCheetah | SBX | 1 |  | 8 | 108 (108–108) |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags", (["--cases", "ppo-CartPol"], ["--runners", "rungs", "sb4"]))

@@ -772,6 +772,7 @@ def test_compile_makes_one_graph_of_the_whole_function(module, device, mode, mon
     monkeypatch.setattr(torch, "compile", compiler)
     accelerated = module.accelerated(function, module.Args(compile=True), torch.device(device))
     assert asked == [(function, {"fullgraph": True, "mode": mode})]
+    assert torch._inductor.config.fallback_random == (device == "cpu"), "the random numbers of torch"
     log = accelerated(torch.zeros(()))
     results["losses/x"].add_(1)
     assert log == {"losses/x": 1, "x": 0}
