@@ -978,6 +978,11 @@ def test_bad_input_to_plot_is_refused_in_one_line(plot, options, message, tmp_pa
     assert end.value.code == 2 and message in error and error.count("\n") == 1
 
 
+def test_numbers_of_the_tables_have_a_minus_sign_only_below_zero():
+    plot = module("plot")
+    assert [plot.number(x) for x in (-0.005, -78.24, 0.04, -1234.5)] == ["0.0", "−78.2", "0.0", "−1,234"]
+
+
 def has(script, name: str) -> bool:
     try:
         return bool(operator.attrgetter(name)(script))
