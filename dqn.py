@@ -52,7 +52,7 @@ import zipfile
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -63,6 +63,8 @@ import torch.distributed as dist
 import torch.nn as nn
 import tyro
 from torch import Tensor
+from torch.optim.adam import adam
+from torch.optim.rmsprop import rmsprop
 from tqdm import tqdm
 
 
@@ -77,7 +79,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"  # where to train; auto takes a GPU if there is one
     num_threads: int = 1  # CPU threads of torch; one is fastest for small networks, or if every core has a run
     onednn: bool = False  # multiply with oneDNN where that stays float32: faster for wide layers on AMD with AVX-512
-    compile: bool = False  # compile the loss and its gradient with torch.compile; on the CPU needs a C++ compiler
+    compile: bool = False  # compile the update with torch.compile; on the CPU needs a C++ compiler
     track: bool = False  # log to Weights & Biases as well (WANDB_MODE=offline works)
     wandb_project_name: str = "rungs"  # project on Weights & Biases
     wandb_entity: str | None = None  # team on Weights & Biases
@@ -257,13 +259,6 @@ def critic_loss(agent: Agent, args: Args, batch: Transitions) -> tuple[Tensor, d
     return loss, {"losses/qf_loss": loss.detach(), "losses/qf_values": q.detach().mean()}
 
 
-def critic_gradients(agent: Agent, args: Args, batch: Transitions) -> dict[str, Tensor]:
-    """Leaves the gradient of `critic_loss` in .grad of Q; --compile compiles this."""
-    loss, log = critic_loss(agent, args, batch)
-    loss.backward()
-    return log
-
-
 def epsilon_at(step: int, args: Args) -> float:
     """The probability of a random action: linear from start_e to end_e, then constant."""
     share = min(1.0, step / max(1, args.exploration_fraction * args.total_timesteps))
@@ -281,12 +276,12 @@ def dqn_update(
     critic_optimizer: torch.optim.Optimizer,
     batch: Transitions,
     args: Args,
-    gradients=critic_gradients,
 ) -> dict[str, Tensor]:
     """One step of the optimizer; returns what the loss logs."""
-    critic_optimizer.zero_grad()
-    log = gradients(agent, args, batch)
+    loss, log = critic_loss(agent, args, batch)
+    loss.backward()
     critic_optimizer.step()
+    critic_optimizer.zero_grad()
     return log
 
 
@@ -322,7 +317,7 @@ def train(args: Args) -> Path:
     critic_optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.learning_rate, fused=True)
     iterations = math.ceil(max(0, args.total_timesteps - saved["step"]) / args.num_envs)  # to come
     buffer = ReplayBuffer(envs, min(args.buffer_size, saved["step"] + iterations * args.num_envs), device)
-    gradients = accelerated(critic_gradients, args, device)
+    update = accelerated(dqn_update, args, device)
     states = dict(agent=agent, critic_optimizer=critic_optimizer, buffer=buffer)
     with closing(envs), Run(args, saved, **states) as run:
         say(buffer.about)
@@ -348,7 +343,7 @@ def train(args: Args) -> Path:
             for now in range(before + 1, step + 1):  # step by step: the target network has a clock of its own
                 for _ in range(updates_by(now - 1, args), updates_by(now, args)):
                     batch = buffer.sample(args.batch_size)
-                    row |= dqn_update(agent, critic_optimizer, batch, args, gradients)
+                    row |= update(agent, critic_optimizer, batch, args)
                 if now % args.target_network_frequency == 0:
                     polyak(agent.target_critic, agent.critic, args.tau)
             if run.advance(step, row):  # a checkpoint
@@ -400,31 +395,74 @@ def check_flags(args: Args) -> torch.device:
     return torch.device(device)
 
 
-def accelerated(function, args: Args, device: torch.device):
-    """The function, with --compile in one graph, on CUDA a CUDA graph, with --onednn multiplying matrices by oneDNN."""
+class TraceableOptimizer:
+    """What an Adam or RMSprop of torch.optim does, with its state, in a form that --compile can trace."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.optimizer, self.learning_rates, self.rows = optimizer, [], []
+        is_adam = type(optimizer) is torch.optim.Adam
+        self.function, names = (adam, ("exp_avg", "exp_avg_sq")) if is_adam else (rmsprop, ("square_avg",))
+        for group in optimizer.param_groups:
+            options = {name: group[name] for name in ("eps", "weight_decay", "maximize")}
+            if is_adam:
+                options |= {"beta1": group["betas"][0], "beta2": group["betas"][1], "amsgrad": False}
+            else:
+                options |= {"alpha": group["alpha"], "momentum": 0, "centered": False}
+            learning_rate = group["params"][0].new_zeros(())
+            self.learning_rates.append(learning_rate)
+            for p in group["params"]:
+                new = {"step": p.new_zeros(())} | {name: torch.zeros_like(p) for name in names}
+                state = optimizer.state[p] = new | optimizer.state[p]
+                for x in (learning_rate, *state.values()):
+                    torch._dynamo.mark_static_address(x, guard=False)  # a CUDA graph may write to it
+                moments = [[state[name]] for name in names] + [[]] * (3 - len(names))  # [] for what options left out
+                self.rows.append((p, moments, [state["step"]], learning_rate, options))
+
+    def up_to_date(self) -> "TraceableOptimizer":
+        """This one, with the learning rates as they are now: in tensors, for a new number would be compiled anew."""
+        for learning_rate, group in zip(self.learning_rates, self.optimizer.param_groups):
+            learning_rate.fill_(group["lr"])
+        return self
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Takes a step with each parameter that has a gradient."""
+        for p, moments, step, learning_rate, options in self.rows:
+            if p.grad is not None:
+                self.function([p], [p.grad], *moments, step, foreach=False, lr=learning_rate, **options)
+
+    def zero_grad(self) -> None:
+        """Forgets the gradients."""
+        for p, *_ in self.rows:
+            p.grad = None
+
+
+def accelerated(update, args: Args, device: torch.device):
+    """The update, with --compile in one graph, on CUDA a CUDA graph, with --onednn multiplying matrices by oneDNN."""
     if args.compile:
         torch._dynamo.config.recompile_limit = 256  # kinds of networks in one process
         torch._dynamo.config.trace_autograd_ops = True  # lets backward() into the graph
         torch._inductor.config.triton.cudagraph_skip_dynamic_graphs = True  # no CUDA graph for each length of a batch
         torch._inductor.config.fallback_random = device.type == "cpu"  # there its own random numbers are slow
         mode = "reduce-overhead" if device.type == "cuda" else "default"
-        graph = torch.compile(function, fullgraph=True, mode=mode)
+        graph, traceable = torch.compile(update, fullgraph=True, mode=mode), cache(TraceableOptimizer)
 
-        def function(*inputs):
+        def update(*inputs):
             """The same. Copies, because a CUDA graph writes its next results where its last ones are."""
+            inputs = [traceable(x).up_to_date() if isinstance(x, torch.optim.Optimizer) else x for x in inputs]
             return {name: x.clone() for name, x in graph(*inputs).items()}
 
     cpu = torch.cpu.get_capabilities()
     faster = cpu.get("avx512_bf16") and cpu.get("cpu_name", "").startswith("AMD")  # on Intel MKL is faster
     exact = not cpu.get("amx_bf16")  # "bf16" rounds where there is AMX; else it stays float32
     if not (args.onednn and faster and exact and device.type == "cpu"):
-        return function
+        return update
 
     def with_onednn(*inputs):
         """The same, with oneDNN for the time that it takes."""
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # the name of the switch; here it stays float32
         try:
-            return function(*inputs)
+            return update(*inputs)
         finally:  # products of a few rows, as to act, are faster without
             torch.backends.mkldnn.matmul.fp32_precision = "none"
 

@@ -49,7 +49,7 @@ import zipfile
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -60,6 +60,8 @@ import torch.distributed as dist
 import torch.nn as nn
 import tyro
 from torch import Tensor
+from torch.optim.adam import adam
+from torch.optim.rmsprop import rmsprop
 from tqdm import tqdm
 
 
@@ -74,7 +76,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"  # where to train; auto takes a GPU if there is one
     num_threads: int = 1  # CPU threads of torch; one is fastest for small networks, or if every core has a run
     onednn: bool = False  # multiply with oneDNN where that stays float32: faster for wide layers on AMD with AVX-512
-    compile: bool = False  # compile the loss and its gradient with torch.compile; on the CPU needs a C++ compiler
+    compile: bool = False  # compile the update with torch.compile; on the CPU needs a C++ compiler
     track: bool = False  # log to Weights & Biases as well (WANDB_MODE=offline works)
     wandb_project_name: str = "rungs"  # project on Weights & Biases
     wandb_entity: str | None = None  # team on Weights & Biases
@@ -333,14 +335,18 @@ def ppo_loss(agent: Agent, args: Args, batch: list[Tensor]) -> tuple[Tensor, dic
     return loss, {name: x.detach() for name, x in log.items()}
 
 
-def ppo_gradients(agent: Agent, args: Args, batch: list[Tensor]) -> dict[str, Tensor]:
-    """Leaves the gradient of `ppo_loss` in the parameters' .grad; this is what --compile compiles."""
+def ppo_step(agent: Agent, optimizer, batch: list[Tensor], args: Args) -> dict[str, Tensor]:
+    """One step down the gradient of `ppo_loss`; returns what that logs. This is what --compile compiles."""
     loss, log = ppo_loss(agent, args, batch)
     loss.backward()
+    average(agent, log)  # does nothing, except under torchrun
+    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
     return log
 
 
-def ppo_update(agent, optimizer, rollout: Rollout, args: Args, gradients=ppo_gradients) -> dict[str, float]:
+def ppo_update(agent, optimizer, rollout: Rollout, args: Args, take_step=ppo_step) -> dict[str, float]:
     """Maximises L(theta) in `update_epochs` passes over the rollout; returns means of what `ppo_loss` logs."""
     with torch.no_grad():
         old_log_prob, _ = agent.log_prob(rollout.obs, rollout.action)  # theta is still as it was in the rollout
@@ -351,13 +357,11 @@ def ppo_update(agent, optimizer, rollout: Rollout, args: Args, gradients=ppo_gra
     logs = []
     for _ in range(args.update_epochs):
         order = torch.randperm(target.numel(), device=target.device)
-        for *others, adv in zip(*(x[order].chunk(args.num_minibatches) for x in batch)):  # minibatches
-            if args.norm_adv:  # here and not in the loss, which sees only a share of the minibatch under torchrun
-                adv = (adv - adv.mean()) / (adv.std() + 1e-8)
-            optimizer.zero_grad()
-            log = gradients(agent, args, [*others, adv])
-            nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-            optimizer.step()
+        *others, adv = (x[order].unflatten(0, (args.num_minibatches, -1)) for x in batch)
+        if args.norm_adv:  # here and not in the loss, which sees only a share of the minibatch under torchrun
+            adv = (adv - adv.mean(1, keepdim=True)) / (adv.std(1, keepdim=True) + 1e-8)
+        for minibatch in zip(*others, adv):
+            log = take_step(agent, optimizer, minibatch, args)
             logs.append(torch.stack(list(log.values())))
         if args.target_kl is not None and log["losses/approx_kl"] > args.target_kl:
             break
@@ -389,7 +393,7 @@ def train(args: Args) -> Path:
     torch.manual_seed(args.seed)
     agent = Agent(envs, args, device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
-    gradients = in_parallel(accelerated(ppo_gradients, args, device), args)
+    take_step = in_parallel(accelerated(ppo_step, args, device), args)
     with closing(envs), Run(args, saved, agent=agent, optimizer=optimizer) as run:
         step = run.step
         obs = reset(envs, args.seed, step, rank=rank)
@@ -412,7 +416,7 @@ def train(args: Args) -> Path:
             rollout = gather(stack(steps, device))
             if args.norm_reward:
                 rollout = rollout._replace(reward=agent.reward_scaler(rollout.reward, rollout.done))
-            row = ppo_update(agent, optimizer, rollout, args, gradients)
+            row = ppo_update(agent, optimizer, rollout, args, take_step)
             if args.norm_obs:  # not before the update, which must see what the policy saw
                 agent.obs_statistics.update(rollout.obs.flatten(0, 1))
             if run.advance(step, row | {"charts/learning_rate": optimizer.param_groups[0]["lr"]}):  # a checkpoint
@@ -469,24 +473,24 @@ def gather(rollout: Rollout) -> Rollout:
     return Rollout(*(torch.cat(x, dim=1).to(rollout.obs.device) for x in parts))
 
 
-def in_parallel(gradients, args: Args):
-    """`gradients` by all processes, each of a share of the batch; all get the mean, and so take the same step."""
+def in_parallel(take_step, args: Args):
+    """`take_step` by all processes, each with a share of the batch; `average` makes it the same step."""
     if not dist.is_initialized():
-        return gradients
+        return take_step
     rank, processes = dist.get_rank(), dist.get_world_size()
     share = replace(args, num_envs=args.num_envs // processes)  # by which REINFORCE divides
+    return lambda agent, optimizer, batch, args: take_step(agent, optimizer, [x[rank::processes] for x in batch], share)
 
-    def mean_gradients(agent: Agent, args: Args, batch: list[Tensor]) -> dict[str, Tensor]:
-        """If the shares are equal, the same as `gradients` of the whole batch but for rounding."""
-        log = gradients(agent, share, [x[rank::processes] for x in batch])
-        own = [*(p.grad for p in agent.parameters() if p.grad is not None), *log.values()]
-        mean = torch.cat([x.flatten() for x in own]).cpu() / processes
-        dist.all_reduce(mean)
-        for x, part in zip(own, mean.split([x.numel() for x in own])):
-            x.copy_(part.view_as(x))
-        return log
 
-    return mean_gradients
+def average(agent: Agent, log: dict[str, Tensor]) -> None:
+    """Makes gradients and log the means over all processes: those of the whole batch, if the shares are equal."""
+    if not dist.is_initialized():
+        return
+    own = [*(p.grad for p in agent.parameters() if p.grad is not None), *log.values()]
+    mean = torch.cat([x.flatten() for x in own]).cpu() / dist.get_world_size()
+    dist.all_reduce(mean)
+    for x, part in zip(own, mean.split([x.numel() for x in own])):
+        x.copy_(part.view_as(x))
 
 
 # ----- plumbing, the same text in every script: read it once or never -------------------------------------------------
@@ -533,31 +537,74 @@ def check_flags(args: Args) -> torch.device:
     return torch.device(device)
 
 
-def accelerated(function, args: Args, device: torch.device):
-    """The function, with --compile in one graph, on CUDA a CUDA graph, with --onednn multiplying matrices by oneDNN."""
+class TraceableOptimizer:
+    """What an Adam or RMSprop of torch.optim does, with its state, in a form that --compile can trace."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.optimizer, self.learning_rates, self.rows = optimizer, [], []
+        is_adam = type(optimizer) is torch.optim.Adam
+        self.function, names = (adam, ("exp_avg", "exp_avg_sq")) if is_adam else (rmsprop, ("square_avg",))
+        for group in optimizer.param_groups:
+            options = {name: group[name] for name in ("eps", "weight_decay", "maximize")}
+            if is_adam:
+                options |= {"beta1": group["betas"][0], "beta2": group["betas"][1], "amsgrad": False}
+            else:
+                options |= {"alpha": group["alpha"], "momentum": 0, "centered": False}
+            learning_rate = group["params"][0].new_zeros(())
+            self.learning_rates.append(learning_rate)
+            for p in group["params"]:
+                new = {"step": p.new_zeros(())} | {name: torch.zeros_like(p) for name in names}
+                state = optimizer.state[p] = new | optimizer.state[p]
+                for x in (learning_rate, *state.values()):
+                    torch._dynamo.mark_static_address(x, guard=False)  # a CUDA graph may write to it
+                moments = [[state[name]] for name in names] + [[]] * (3 - len(names))  # [] for what options left out
+                self.rows.append((p, moments, [state["step"]], learning_rate, options))
+
+    def up_to_date(self) -> "TraceableOptimizer":
+        """This one, with the learning rates as they are now: in tensors, for a new number would be compiled anew."""
+        for learning_rate, group in zip(self.learning_rates, self.optimizer.param_groups):
+            learning_rate.fill_(group["lr"])
+        return self
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Takes a step with each parameter that has a gradient."""
+        for p, moments, step, learning_rate, options in self.rows:
+            if p.grad is not None:
+                self.function([p], [p.grad], *moments, step, foreach=False, lr=learning_rate, **options)
+
+    def zero_grad(self) -> None:
+        """Forgets the gradients."""
+        for p, *_ in self.rows:
+            p.grad = None
+
+
+def accelerated(update, args: Args, device: torch.device):
+    """The update, with --compile in one graph, on CUDA a CUDA graph, with --onednn multiplying matrices by oneDNN."""
     if args.compile:
         torch._dynamo.config.recompile_limit = 256  # kinds of networks in one process
         torch._dynamo.config.trace_autograd_ops = True  # lets backward() into the graph
         torch._inductor.config.triton.cudagraph_skip_dynamic_graphs = True  # no CUDA graph for each length of a batch
         torch._inductor.config.fallback_random = device.type == "cpu"  # there its own random numbers are slow
         mode = "reduce-overhead" if device.type == "cuda" else "default"
-        graph = torch.compile(function, fullgraph=True, mode=mode)
+        graph, traceable = torch.compile(update, fullgraph=True, mode=mode), cache(TraceableOptimizer)
 
-        def function(*inputs):
+        def update(*inputs):
             """The same. Copies, because a CUDA graph writes its next results where its last ones are."""
+            inputs = [traceable(x).up_to_date() if isinstance(x, torch.optim.Optimizer) else x for x in inputs]
             return {name: x.clone() for name, x in graph(*inputs).items()}
 
     cpu = torch.cpu.get_capabilities()
     faster = cpu.get("avx512_bf16") and cpu.get("cpu_name", "").startswith("AMD")  # on Intel MKL is faster
     exact = not cpu.get("amx_bf16")  # "bf16" rounds where there is AMX; else it stays float32
     if not (args.onednn and faster and exact and device.type == "cpu"):
-        return function
+        return update
 
     def with_onednn(*inputs):
         """The same, with oneDNN for the time that it takes."""
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # the name of the switch; here it stays float32
         try:
-            return function(*inputs)
+            return update(*inputs)
         finally:  # products of a few rows, as to act, are faster without
             torch.backends.mkldnn.matmul.fp32_precision = "none"
 

@@ -199,12 +199,12 @@ MUTATIONS = [
     Mutation(
         "statistics updated before the policy is",
         "ppo.py",
-        "            row = ppo_update(agent, optimizer, rollout, args, gradients)\n"
+        "            row = ppo_update(agent, optimizer, rollout, args, take_step)\n"
         "            if args.norm_obs:  # not before the update, which must see what the policy saw\n"
         "                agent.obs_statistics.update(rollout.obs.flatten(0, 1))\n",
         "            if args.norm_obs:\n"
         "                agent.obs_statistics.update(rollout.obs.flatten(0, 1))\n"
-        "            row = ppo_update(agent, optimizer, rollout, args, gradients)\n",
+        "            row = ppo_update(agent, optimizer, rollout, args, take_step)\n",
     ),
     Mutation("statistics of next_obs", "*", "update(rollout.obs.flatten", "update(rollout.next_obs.flatten"),
     # ----- what the loop hands on
@@ -354,8 +354,7 @@ MUTATIONS = [
         "value_loss = value_error.mean()",
     ),
     Mutation("gradients clipped by value, not by norm", "a2c.py ppo.py", "clip_grad_norm_(", "clip_grad_value_("),
-    Mutation("gradients add up", "reinforce.py a2c.py", "    optimizer.zero_grad()\n    log", "    log"),
-    Mutation("gradients add up (ppo)", "ppo.py", "            optimizer.zero_grad()\n", ""),
+    Mutation("gradients add up", POLICY_GRADIENT, "    optimizer.zero_grad()\n    return log", "    return log"),
     Mutation(
         "PPO: ratio upside down", "ppo.py", "log_ratio = log_prob - old_log_prob", "log_ratio = old_log_prob - log_prob"
     ),
@@ -375,8 +374,9 @@ MUTATIONS = [
         "old_value + (value - old_value).clamp(-args.clip_coef, args.clip_coef)",
         "value.clamp(-args.clip_coef, args.clip_coef)",
     ),
-    Mutation("PPO: advantages by their variance", "ppo.py", "(adv.std() + 1e-8)", "(adv.var() + 1e-8)"),
-    Mutation("PPO: advantages not centred", "ppo.py", "(adv - adv.mean()) /", "adv /"),
+    Mutation("PPO: advantages by their variance", "ppo.py", "adv.std(1", "adv.var(1"),
+    Mutation("PPO: advantages not centred", "ppo.py", "(adv - adv.mean(1, keepdim=True)) /", "adv /"),
+    Mutation("PPO: advantages centred over all minibatches", "ppo.py", "adv.mean(1, keepdim=True)", "adv.mean()"),
     Mutation("PPO: approx_kl with a wrong sign", "ppo.py", "(ratio - 1 - log_ratio)", "(ratio - 1 + log_ratio)"),
     Mutation(
         "PPO: one order for all epochs",
@@ -394,8 +394,8 @@ MUTATIONS = [
     Mutation(
         "PPO: minibatches of num_minibatches steps",
         "ppo.py",
-        ".chunk(args.num_minibatches)",
-        ".split(args.num_minibatches)",
+        "unflatten(0, (args.num_minibatches, -1))",
+        "unflatten(0, (-1, args.num_minibatches))",
     ),
     Mutation("PPO: target_kl stops too small a change", "ppo.py", "> args.target_kl", "< args.target_kl"),
     Mutation(
@@ -617,16 +617,14 @@ MUTATIONS = [
     Mutation(
         "TD3: delay off by one",
         "td3.py",
-        "if update % args.policy_frequency != 0",
-        "if (update + 1) % args.policy_frequency != 0",
+        "count % args.policy_frequency == 0",
+        "(count + 1) % args.policy_frequency == 0",
     ),
     Mutation(
         "TD3: targets follow in every update",
         "td3.py",
-        "    if update % args.policy_frequency != 0:\n        return log\n",
-        "    if update % args.policy_frequency != 0:\n"
-        "        polyak(agent.target_critics, agent.critics, args.tau)\n"
-        "        return log\n",
+        "    if not move_actor:\n        return log\n",
+        "    if not move_actor:\n        polyak(agent.target_critics, agent.critics, args.tau)\n        return log\n",
     ),
     Mutation(
         "TD3: the delay begins anew in each turn",
@@ -955,6 +953,14 @@ MUTATIONS = [
         'fallback_random = device.type == "cpu"',
         "fallback_random = False",
     ),
+    Mutation("--compile keeps the first learning rate", "*", 'learning_rate.fill_(group["lr"])', "pass"),
+    Mutation("--compile begins a new optimizer in each update", "*", "cache(TraceableOptimizer)", "TraceableOptimizer"),
+    Mutation("--compile forgets a resumed optimizer", "*", "new | optimizer.state[p]", "optimizer.state[p] | new"),
+    Mutation("--compile has a beta of its own", "*", '"beta2": group["betas"][1]', '"beta2": 0.999'),
+    Mutation("--compile has an alpha of its own", "*", '"alpha": group["alpha"]', '"alpha": 0.99'),
+    Mutation(
+        "--compile steps without gradients", "*", "            if p.grad is not None:\n", "            if True:\n"
+    ),
     Mutation("oneDNN multiplies on Intel too", "*", '.startswith("AMD")', '.startswith("")'),
     Mutation("oneDNN multiplies where it rounds", "*", 'exact = not cpu.get("amx_bf16")', "exact = True"),
     Mutation(
@@ -984,12 +990,15 @@ MUTATIONS = [
     Mutation("nobody hears of episodes that were cut off", "*", "    if alive.any():\n", "    if False:\n"),
     # ----- several processes
     Mutation(
-        "gradients of the processes summed", POLICY_GRADIENT, "for x in own]).cpu() / processes", "for x in own]).cpu()"
+        "gradients of the processes summed",
+        POLICY_GRADIENT,
+        "for x in own]).cpu() / dist.get_world_size()",
+        "for x in own]).cpu()",
     ),
     Mutation("all processes have the same share", POLICY_GRADIENT, "x[rank::processes]", "x[::processes]"),
     Mutation("all processes draw the same noise", POLICY_GRADIENT, "processes)[rank]", "processes)[0]"),
     Mutation("all processes have the same environments", "*", "    seed += rank * envs.num_envs\n", ""),
-    Mutation("gradients are not exchanged", POLICY_GRADIENT, "        dist.all_reduce(mean)\n", ""),
+    Mutation("gradients are not exchanged", POLICY_GRADIENT, "    dist.all_reduce(mean)\n", ""),
     Mutation("rollouts are not exchanged", POLICY_GRADIENT, "dist.all_gather(x, own.cpu())", "x[:] = [own] * len(x)"),
     Mutation("each process stops by itself", "*", "any(exchange(self.signal is not None))", "self.signal is not None"),
     Mutation("episodes of one process are counted", "*", "(sum(exchange(x), [])", "(x"),

@@ -223,8 +223,8 @@ def test_ppo_takes_the_steps_of_stable_baselines3(env_id, monkeypatch):
         t, n = np.divmod(torch.randperm(size).numpy(), NUM_ENVS)
         return n * NUM_STEPS + t
 
-    def gradients(agent, args, minibatch):
-        logs.append(ppo.ppo_gradients(agent, args, minibatch))
+    def take_step(agent, optimizer, minibatch, args):
+        logs.append(ppo.ppo_step(agent, optimizer, minibatch, args))
         return logs[-1]
 
     for update in range(UPDATES):
@@ -232,7 +232,7 @@ def test_ppo_takes_the_steps_of_stable_baselines3(env_id, monkeypatch):
         fill_rollout_buffer(model, steps, truncated)
         logs = []
         torch.manual_seed(update)
-        row = ppo.ppo_update(agent, optimizer, ppo.stack(steps, agent.device), args, gradients)
+        row = ppo.ppo_update(agent, optimizer, ppo.stack(steps, agent.device), args, take_step)
         torch.manual_seed(update)
         with monkeypatch.context() as patch:
             patch.setattr(np.random, "permutation", permutation)
@@ -340,7 +340,7 @@ def test_td3_takes_the_steps_of_stable_baselines3(delay, monkeypatch):
         assert (0.8 * noise.abs() > 0.9).any() and (smoothed.abs() > 1).any()
         with monkeypatch.context() as patch:
             patch.setattr(torch, "randn_like", lambda action: noise)
-            row = td3.td3_update(agent, *optimizers, batch, args, update)
+            row = td3.td3_update(agent, *optimizers, batch, args, update % delay == 0)
         theirs = model.logger.name_to_value
         theirs.clear()
         with monkeypatch.context() as patch:

@@ -362,13 +362,13 @@ def minibatches_of(script, args, var=None):
     rollout = script.Rollout(numbers[0], numbers[1, ..., :2], numbers[2, ..., 0], numbers[3], done, done)
     seen = []
 
-    def gradients(agent, args, batch):
+    def take_step(agent, optimizer, batch, args):
         seen.append(batch)
         agent.critic[-1].bias.data += 1.0  # as if V had learned
         return {"losses/approx_kl": torch.zeros(())}
 
     optimizer = torch.optim.SGD(agent.parameters(), lr=0.0)
-    script.ppo_update(agent, optimizer, rollout, args, gradients)
+    script.ppo_update(agent, optimizer, rollout, args, take_step)
     return seen, agent
 
 

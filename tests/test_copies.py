@@ -20,7 +20,6 @@ LESSONS = {
     "Agent": "its networks are the lesson; the policy-gradient scripts have one text (which a test below compares)",
     "critic_loss": "what the target of the critic is made of is the lesson, from dqn.py to sac.py",
     "actor_loss": "what the actor climbs is the lesson, from ddpg.py to sac.py",
-    "actor_gradients": "sac.py moves the temperature too",
 }
 
 # Added plus deleted lines between neighbours.

@@ -82,10 +82,10 @@ def rollouts(module, monkeypatch, **flags):
     name = f"{module.__name__}_update"
     update = getattr(module, name)
 
-    def spy(agent, optimizer, rollout, args, gradients):
+    def spy(agent, optimizer, rollout, args, take_step):
         count = agent.obs_statistics.count.item() if agent.obs_statistics else None
         seen.append((rollout, count, {k: v.clone() for k, v in agent.state_dict().items()}))
-        return update(agent, optimizer, rollout, args, gradients)
+        return update(agent, optimizer, rollout, args, take_step)
 
     monkeypatch.setattr(module, name, spy)
     module.train(module.Args(**flags))
@@ -288,7 +288,7 @@ def test_actions_are_random_until_learning_starts(module, monkeypatch, quiet):
 def test_updates_and_their_batches_come_when_they_should(module, num_envs, monkeypatch, quiet):
     spy = Spy(module, monkeypatch)
     flags = dict(train_frequency=4, gradient_steps=3, learning_starts=50, batch_size=16, total_timesteps=200)
-    flags |= quiet | dict(env_id=clock(module), num_envs=num_envs)
+    flags |= quiet | dict(env_id=clock(module), num_envs=num_envs) | (dict(policy_frequency=3) if module is td3 else {})
     module.train(module.Args(**flags))
     turn_of = lambda step: -(-step // num_envs)  # noqa: E731
     expected = [turn_of(step) for step in range(52, 201, 4) for _ in range(3)]
@@ -298,8 +298,8 @@ def test_updates_and_their_batches_come_when_they_should(module, num_envs, monke
         assert batch.reward.shape == (16,) and batch.obs.shape == (16, 3)
         assert not torch.equal(batch.obs, following.obs), "each update has a batch of its own"
     if module is td3:
-        assert [rest[4] for _, rest in spy.updates] == list(range(len(expected)))
-        assert len(spy.polyak) == 2 * len(range(0, len(expected), 2))
+        assert [rest[4] for _, rest in spy.updates] == [number % 3 == 0 for number in range(len(expected))]
+        assert len(spy.polyak) == 2 * len(range(0, len(expected), 3))
     elif module is not dqn:
         assert len(spy.polyak) == len(expected) * (2 if module is ddpg else 1)
 

@@ -1,6 +1,7 @@
 """The formulas of dqn.py, ddpg.py, td3.py and sac.py, computed another way: by hand, closed form, brute force."""
 
 import collections
+import copy
 import math
 from types import SimpleNamespace
 
@@ -120,7 +121,7 @@ def test_no_gradient_goes_through_the_target(double):
     """The gradient by finite differences with the target held still."""
     agent, args = make_agent(dqn, double=double, huber_delta=1.0)
     batch = make_batch(dqn)
-    dqn.critic_gradients(agent, args, batch)
+    dqn.critic_loss(agent, args, batch)[0].backward()
     assert all(p.grad is None for p in agent.target_critic.parameters())
     bias = agent.critic.advantage.bias
     with torch.no_grad():
@@ -236,7 +237,7 @@ def test_the_gradient_of_the_critic_is_that_of_its_loss_with_a_constant_target(m
     agent, args = make_agent(module)
     batch = make_batch(module)
     torch.manual_seed(0)
-    module.critic_gradients(agent, args, batch)
+    module.critic_loss(agent, args, batch)[0].backward()
     names = {name.split(".")[0] for name, p in agent.named_parameters() if p.grad is not None}
     assert names == {"critic" if module is ddpg else "critics"}
 
@@ -291,26 +292,13 @@ def test_the_policy_gradient_is_that_of_a_linear_policy_in_a_linear_quadratic_pr
     agent.actor = torch.nn.Linear(3, 2, bias=False).double()
     agent.actor.weight.data[:] = weight
     batch = make_batch(module, size=40)
-    log = module.actor_gradients(agent, args, batch)
+    loss, log = module.actor_loss(agent, args, batch)
+    loss.backward()
     moments = batch.obs.T @ batch.obs / 40
     torch.testing.assert_close(agent.actor.weight.grad, root @ root.T @ (weight - gain) @ moments)
     off = weight - gain
     objective = -(off @ moments @ off.T @ root @ root.T).trace() / 2
     assert log["losses/actor_loss"].item() == pytest.approx(-objective.item())
-
-
-@continuous
-def test_the_gradient_of_the_actor_moves_the_actor_alone(module):
-    agent, args = make_agent(module)
-    module.critic_gradients(agent, args, make_batch(module))
-    before = {name: p.grad.clone() for name, p in agent.named_parameters() if p.grad is not None}
-    module.actor_gradients(agent, args, make_batch(module, seed=1))
-    after = {name: p.grad for name, p in agent.named_parameters() if p.grad is not None}
-    assert all(torch.equal(x, after[name]) for name, x in before.items())
-    assert {name.split(".")[0] for name in after.keys() - before.keys()} == (
-        {"actor", "log_alpha"} if module is sac else {"actor"}
-    )
-    assert all(p.requires_grad for name, p in agent.named_parameters() if "target" not in name)
 
 
 @pytest.mark.parametrize("module", (ddpg, td3), ids=("ddpg", "td3"))
@@ -424,7 +412,8 @@ def test_the_loss_of_the_actor_by_hand_and_its_gradient_by_finite_differences():
         return sum(0.7 * lp - min(pair) for lp, pair in zip(log_prob.tolist(), zip(*q))) / 30
 
     torch.manual_seed(3)
-    log = sac.actor_gradients(agent, args, batch)
+    objective, log = sac.actor_loss(agent, args, batch)
+    objective.backward()
     assert log["losses/actor_loss"].item() == pytest.approx(loss(), rel=1e-6)
     assert log["losses/entropy"].item() == pytest.approx(-squashed(agent, batch.obs, 3)[1].mean().item(), rel=1e-6)
     bias = agent.actor.out.bias
@@ -445,7 +434,8 @@ def test_the_temperature_moves_towards_the_target_entropy(log_std):
     agent.actor.out.weight.data[:] = 0
     agent.actor.out.bias.data[:] = torch.tensor([0, 0, *[math.atanh((log_std + 5) / 3.5 - 1)] * 2])
     batch = make_batch(sac, size=10_000)
-    log = sac.actor_gradients(agent, args, batch)
+    loss, log = sac.actor_loss(agent, args, batch)
+    loss.backward()
     gradient = agent.log_alpha.grad.item()
     assert gradient == pytest.approx(0.5 * (log["losses/entropy"].item() + 2))
     near = 2 * (log_std + (1 + math.log(2 * math.pi)) / 2)  # of the Gaussian, not squashed
@@ -471,7 +461,7 @@ def test_the_temperature_comes_to_its_closed_form_optimum():
     for i in range(1500):
         optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 1e-2 * (1 - i / 1500)
         optimizer.zero_grad()
-        sac.actor_gradients(agent, args, batch)
+        sac.actor_loss(agent, args, batch)[0].backward()
         optimizer.step()
     assert agent.log_alpha.exp().item() == pytest.approx(curvature / (2 * math.pi * math.exp(3)), rel=0.05)
 
@@ -505,7 +495,7 @@ def run_updates(module, agent, args, count, batch=None, first=0):
         update = getattr(module, f"{module.__name__}_update")
         single = [x.float() if x.is_floating_point() else x for x in make_batch(module, seed=i)]
         batch = module.Transitions(*single)
-        log = update(agent, *made, batch, args, *([i] if module is td3 else []))
+        log = update(agent, *made, batch, args, *([i % args.policy_frequency == 0] if module is td3 else []))
     return log
 
 
@@ -538,17 +528,16 @@ def test_an_update_moves_everything_and_the_targets_by_polyak_of_the_new_network
     assert all(x.dim() == 0 and not x.requires_grad for x in log.values())
 
 
-@pytest.mark.parametrize("frequency", (1, 2, 3))
-def test_td3_moves_its_actor_and_targets_in_every_dth_update_only(frequency):
-    agent, args = make_agent(td3, policy_frequency=frequency, tau=0.1)
+@pytest.mark.parametrize("due", (True, False))
+def test_td3_moves_its_actor_and_targets_when_it_is_told_to_only(due):
+    agent, args = make_agent(td3, tau=0.1)
     agent.float()
     critics = {name for name in agent.state_dict() if name.startswith("critics")}
     made = optimizers(td3, agent, args)
-    for update in range(7):
+    for update in range(3):
         before = clone(agent)
         batch = td3.Transitions(*(x.float() if x.is_floating_point() else x for x in make_batch(td3, seed=update)))
-        log = td3.td3_update(agent, *made, batch, args, update)
-        due = update % frequency == 0
+        log = td3.td3_update(agent, *made, batch, args, due)
         assert moved(agent, before) == (before.keys() if due else critics)
         assert ("losses/actor_loss" in log) == due
         for name, x in agent.state_dict().items():
@@ -565,22 +554,59 @@ def test_dqn_moves_its_network_alone():
     assert moved(agent, before) == {name for name in before if name.startswith("critic")}
 
 
+def watched_update(module, agent, args, seed=0):
+    """An update with steps of 0: the gradients that each optimizer finds in the agent, by name."""
+    found = []
+
+    def watch(*_):
+        found.append({name: p.grad.clone() for name, p in agent.named_parameters() if p.grad is not None})
+
+    made = optimizers(module, agent, args)
+    for optimizer in made:
+        optimizer.register_step_pre_hook(watch)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+    update = getattr(module, f"{module.__name__}_update")
+    torch.manual_seed(seed)
+    update(agent, *made, make_batch(module, seed=seed), args, *([True] if module is td3 else []))
+    assert not any(p.grad is not None for p in agent.parameters())
+    return found
+
+
+@everywhere
+def test_each_step_follows_the_gradient_of_its_own_loss_alone(module):
+    """Nothing is left over from the other loss or from the update before."""
+    agent, args = make_agent(module)
+    losses = {module.critic_loss: ("critic", "critics")}
+    if module is not dqn:
+        losses[module.actor_loss] = ("actor", "log_alpha")
+    for seed in range(2):
+        expected = []
+        torch.manual_seed(seed)
+        for function, moving in losses.items():
+            function(agent, args, make_batch(module, seed=seed))[0].backward()
+            grads = {name: p.grad for name, p in agent.named_parameters() if name.split(".")[0] in moving}
+            assert all(x.any() for x in grads.values())
+            expected.append(grads)
+            agent.zero_grad()
+        torch.testing.assert_close(watched_update(module, agent, args, seed), expected)
+    assert all(p.requires_grad for name, p in agent.named_parameters() if "target" not in name)
+
+
 @continuous
-def test_the_actor_climbs_the_critic_as_it_is_after_its_own_step(module):
+def test_the_actor_climbs_the_critic_as_it_is_after_its_own_step(module, monkeypatch):
     """The order of the papers' algorithms: the critics first."""
     agent, args = make_agent(module)
     agent.float()
-    seen = []
+    seen, actor_loss = [], module.actor_loss
 
-    def actor_gradients(agent, args, batch):
+    def spy(agent, args, batch):
         seen.append(moved(agent, before))
-        return module.actor_gradients(agent, args, batch)
+        return actor_loss(agent, args, batch)
 
     before = clone(agent)
-    batch = module.Transitions(*(x.float() if x.is_floating_point() else x for x in make_batch(module)))
-    update = getattr(module, f"{module.__name__}_update")
-    gradients = module.critic_gradients, actor_gradients
-    update(agent, *optimizers(module, agent, args), batch, args, *([0] if module is td3 else []), gradients=gradients)
+    monkeypatch.setattr(module, "actor_loss", spy)
+    run_updates(module, agent, args, 1)
     assert seen == [{name for name in before if name.startswith("critic")}]
 
 
@@ -736,46 +762,92 @@ def test_the_memory_that_is_free_decides_whether_a_buffer_fits(module, monkeypat
 @pytest.mark.filterwarnings("ignore")
 @everywhere
 def test_compiled_updates_agree_with_the_eager_ones(module):
-    """Over 20 updates with the same noise; what remains is round-off, in float64."""
+    """Over 20 updates with the same noise and a learning rate that changes; what remains is round-off, in float64."""
     states = []
     for compiled in (False, True):
         agent, args = make_agent(module)
         made = optimizers(module, agent, args)
-        names = ("critic_gradients",) if module is dqn else ("critic_gradients", "actor_gradients")
-        gradients = [getattr(module, name) for name in names]
+        update = getattr(module, f"{module.__name__}_update")
         if compiled:
-            gradients = [module.accelerated(function, module.Args(compile=True), CPU) for function in gradients]
+            update = module.accelerated(update, module.Args(compile=True), CPU)
         torch.manual_seed(7)
         for i in range(20):
-            number = [i] if module is td3 else []
-            update = getattr(module, f"{module.__name__}_update")
-            chosen = gradients[0] if module is dqn else gradients
-            update(agent, *made, make_batch(module, seed=i), args, *number, gradients=chosen)
+            made[0].param_groups[0]["lr"] = 1e-3 * (1 - i / 20)
+            move_actor = [i % 2 == 0] if module is td3 else []
+            update(agent, *made, make_batch(module, seed=i), args, *move_actor)
         states.append(clone(agent))
     for name, x in states[0].items():
         torch.testing.assert_close(states[1][name], x, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("module", (reinforce, a2c, ppo, dqn, ddpg, td3, sac))
+@pytest.mark.parametrize("kind", ("Adam", "RMSprop"))
+def test_a_traceable_optimizer_takes_the_steps_of_that_of_torch(module, kind):
+    """With two groups, a rate that changes, a parameter without a gradient; also from and to a state in between."""
+    torch.manual_seed(0)
+    options = dict(betas=(0.8, 0.95)) if kind == "Adam" else dict(alpha=0.9)
+    networks = [torch.nn.ParameterList([torch.randn(2, 3), torch.randn(3), torch.randn(1), torch.randn(2)]).double()]
+    networks.append(copy.deepcopy(networks[0]))
+    made = []
+    for a, b, c, unused in networks:
+        groups = {"params": [a, unused]}, {"params": [b, c], "lr": 0.03}
+        made.append(getattr(torch.optim, kind)(groups, lr=0.01, eps=1e-3, weight_decay=0.1, **options))
+    traceable = None
+    for i in range(12):
+        rates = 0.01 / (i + 1), 0.03
+        grads = [torch.randn_like(p) for p in networks[0]]
+        for network, optimizer in zip(networks, made):
+            for group, rate in zip(optimizer.param_groups, rates):
+                group["lr"] = rate
+            for p, grad in list(zip(network, grads))[:3]:
+                p.grad = grad.clone()
+        made[0].step()
+        made[0].zero_grad()
+        if i in (4, 8):  # as a checkpoint does
+            state = copy.deepcopy(made[1].state_dict())
+            made[1].load_state_dict(state)
+            traceable = None
+        if i < 2:
+            made[1].step()
+            made[1].zero_grad()
+        else:
+            traceable = traceable or module.TraceableOptimizer(made[1])
+            assert traceable.up_to_date() is traceable
+            traceable.step()
+            traceable.zero_grad()
+        assert all(p.grad is None for p in networks[1])
+    for x, y in zip(*networks):
+        torch.testing.assert_close(x, y, rtol=1e-7, atol=1e-9)
+    assert not torch.equal(networks[1][0], grads[0]) and torch.equal(networks[0][3], networks[1][3])
+    for state, other in zip(*(x.state_dict()["state"].values() for x in made)):
+        for name in state:
+            torch.testing.assert_close(state[name].double(), other[name].double(), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("module", (reinforce, a2c, ppo, dqn, ddpg, td3, sac))
 @pytest.mark.parametrize("device, mode", (("cpu", "default"), ("cuda", "reduce-overhead")))
 def test_compile_makes_one_graph_of_the_whole_function(module, device, mode, monkeypatch):
-    """On CUDA a CUDA graph, whose results are copied before it runs again."""
-    asked, results = [], {"losses/x": torch.ones(())}
+    """On CUDA a CUDA graph, whose results are copied before it runs again; the optimizer in it stays the same one."""
+    asked, given, results = [], [], {"losses/x": torch.ones(())}
 
-    def function(x):
+    def function(x, optimizer):
         raise AssertionError("not compiled")
 
     def compiler(function, **options):
         asked.append((function, options))
-        return lambda x: results | {"x": x}
+        return lambda x, optimizer: given.append(optimizer) or results | {"x": x}
 
     monkeypatch.setattr(torch, "compile", compiler)
     accelerated = module.accelerated(function, module.Args(compile=True), torch.device(device))
     assert asked == [(function, {"fullgraph": True, "mode": mode})]
     assert torch._inductor.config.fallback_random == (device == "cpu"), "the random numbers of torch"
-    log = accelerated(torch.zeros(()))
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(2))], lr=0.5)
+    log = accelerated(torch.zeros(()), optimizer)
     results["losses/x"].add_(1)
     assert log == {"losses/x": 1, "x": 0}
+    optimizer.param_groups[0]["lr"] = 0.25
+    accelerated(torch.zeros(()), optimizer)
+    assert given[0] is given[1] and given[0].optimizer is optimizer and given[0].learning_rates == [0.25]
     assert module.accelerated(function, module.Args(compile=False, onednn=False), CPU) is function
 
 
