@@ -446,7 +446,7 @@ def in_parallel(take_step, args: Args):
         return take_step
     rank, processes = dist.get_rank(), dist.get_world_size()
     share = replace(args, num_envs=args.num_envs // processes)  # by which REINFORCE divides
-    return lambda agent, optimizer, batch, args: take_step(agent, optimizer, [x[rank::processes] for x in batch], share)
+    return lambda agent, optimizer, batch, _: take_step(agent, optimizer, [x[rank::processes] for x in batch], share)
 
 
 def average(agent: Agent, log: dict[str, Tensor]) -> None:
@@ -505,59 +505,60 @@ def check_flags(args: Args) -> torch.device:
 
 
 class TraceableOptimizer:
-    """What an Adam or RMSprop of torch.optim does, with its state, in a form that --compile can trace."""
+    """The steps of an Adam or RMSprop of torch.optim, on its state, in a form that --compile can trace."""
 
     def __init__(self, optimizer: torch.optim.Optimizer):
-        self.optimizer, self.learning_rates, self.rows = optimizer, [], []
-        is_adam = type(optimizer) is torch.optim.Adam
+        self.optimizer, self.groups, is_adam = optimizer, [], isinstance(optimizer, torch.optim.Adam)
         self.function, names = (adam, ("exp_avg", "exp_avg_sq")) if is_adam else (rmsprop, ("square_avg",))
+        own = ("amsgrad", "decoupled_weight_decay") if is_adam else ("alpha", "momentum", "centered")
         for group in optimizer.param_groups:
-            options = {name: group[name] for name in ("eps", "weight_decay", "maximize")}
+            options = {name: group[name] for name in ("eps", "weight_decay", "maximize", *own)}
             if is_adam:
-                options |= {"beta1": group["betas"][0], "beta2": group["betas"][1], "amsgrad": False}
-            else:
-                options |= {"alpha": group["alpha"], "momentum": 0, "centered": False}
-            learning_rate = group["params"][0].new_zeros(())
-            self.learning_rates.append(learning_rate)
-            for p in group["params"]:
-                new = {"step": p.new_zeros(())} | {name: torch.zeros_like(p) for name in names}
-                state = optimizer.state[p] = new | optimizer.state[p]
-                for x in (learning_rate, *state.values()):
-                    torch._dynamo.mark_static_address(x, guard=False)  # a CUDA graph may write to it
-                moments = [[state[name]] for name in names] + [[]] * (3 - len(names))  # [] for what options left out
-                self.rows.append((p, moments, [state["step"]], learning_rate, options))
+                options["beta1"], options["beta2"] = group["betas"]
+            params, learning_rate = group["params"], group["params"][0].new_zeros(())
+            for p in params:
+                state = {"step": p.new_zeros(())} | {name: torch.zeros_like(p) for name in names} | optimizer.state[p]
+                optimizer.state[p] = {name: x.to(p.device) for name, x in state.items()}
+            columns = [[optimizer.state[p][name] for p in params] for name in (*names, "step")]
+            for x in sum(columns, [learning_rate]):
+                torch._dynamo.mark_static_address(x, guard=False)  # a CUDA graph uses it in place
+            self.groups.append((params, columns, learning_rate, options))
 
     def up_to_date(self) -> "TraceableOptimizer":
-        """This one, with the learning rates as they are now: in tensors, for a new number would be compiled anew."""
-        for learning_rate, group in zip(self.learning_rates, self.optimizer.param_groups):
+        """Itself, with the learning rates as they are now: in tensors, for a new number would be compiled anew."""
+        for (_, _, learning_rate, _), group in zip(self.groups, self.optimizer.param_groups):
             learning_rate.fill_(group["lr"])
         return self
 
     @torch.no_grad()
     def step(self) -> None:
         """Takes a step with each parameter that has a gradient."""
-        for p, moments, step, learning_rate, options in self.rows:
-            if p.grad is not None:
-                self.function([p], [p.grad], *moments, step, foreach=False, lr=learning_rate, **options)
+        for params, columns, learning_rate, options in self.groups:
+            for p, *moments, count in zip(params, *columns):
+                if p.grad is not None:
+                    three = [[x] for x in moments] + [[]] * (3 - len(moments))  # [] for what amsgrad, momentum need
+                    self.function([p], [p.grad], *three, [count], foreach=False, lr=learning_rate, **options)
 
     def zero_grad(self) -> None:
         """Forgets the gradients."""
-        for p, *_ in self.rows:
-            p.grad = None
+        for params, *_ in self.groups:
+            for p in params:
+                p.grad = None
 
 
 def accelerated(update, args: Args, device: torch.device):
-    """The update, with --compile in one graph, on CUDA a CUDA graph, with --onednn multiplying matrices by oneDNN."""
+    """The update: --compile makes it one graph, on CUDA a CUDA graph; --onednn multiplies its matrices by oneDNN."""
     if args.compile:
-        torch._dynamo.config.recompile_limit = 256  # kinds of networks in one process
+        torch._dynamo.config.recompile_limit = 256  # graphs of one function: a process may train many networks
         torch._dynamo.config.trace_autograd_ops = True  # lets backward() into the graph
         torch._inductor.config.triton.cudagraph_skip_dynamic_graphs = True  # no CUDA graph for each length of a batch
-        torch._inductor.config.fallback_random = device.type == "cpu"  # there its own random numbers are slow
+        torch._inductor.config.fallback_random = device.type == "cpu"  # there inductor's own random numbers are slow
         mode = "reduce-overhead" if device.type == "cuda" else "default"
-        graph, traceable = torch.compile(update, fullgraph=True, mode=mode), cache(TraceableOptimizer)
+        graph = torch.compile(update, fullgraph=True, mode=mode)
+        traceable = cache(TraceableOptimizer)  # made in the first update, when --resume has loaded the state
 
         def update(*inputs):
-            """The same. Copies, because a CUDA graph writes its next results where its last ones are."""
+            """The same, its results copied: a CUDA graph writes its next ones where its last ones are."""
             inputs = [traceable(x).up_to_date() if isinstance(x, torch.optim.Optimizer) else x for x in inputs]
             return {name: x.clone() for name, x in graph(*inputs).items()}
 

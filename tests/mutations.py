@@ -955,11 +955,23 @@ MUTATIONS = [
     ),
     Mutation("--compile keeps the first learning rate", "*", 'learning_rate.fill_(group["lr"])', "pass"),
     Mutation("--compile begins a new optimizer in each update", "*", "cache(TraceableOptimizer)", "TraceableOptimizer"),
-    Mutation("--compile forgets a resumed optimizer", "*", "new | optimizer.state[p]", "optimizer.state[p] | new"),
-    Mutation("--compile has a beta of its own", "*", '"beta2": group["betas"][1]', '"beta2": 0.999'),
-    Mutation("--compile has an alpha of its own", "*", '"alpha": group["alpha"]', '"alpha": 0.99'),
     Mutation(
-        "--compile steps without gradients", "*", "            if p.grad is not None:\n", "            if True:\n"
+        "--compile forgets a resumed optimizer", "*", " for name in names} | optimizer.state[p]", " for name in names}"
+    ),
+    Mutation(
+        "--compile has a beta of its own", "*", 'options["beta2"] = group["betas"]', 'options["beta2"] = 0.9, 0.999'
+    ),
+    Mutation(
+        "--compile knows no weight decay",
+        "*",
+        '("eps", "weight_decay", "maximize", *own)}',
+        '("eps", "maximize", *own)} | {"weight_decay": 0}',
+    ),
+    Mutation(
+        "--compile steps without gradients",
+        "*",
+        "                if p.grad is not None:\n",
+        "                if True:\n",
     ),
     Mutation("oneDNN multiplies on Intel too", "*", '.startswith("AMD")', '.startswith("")'),
     Mutation("oneDNN multiplies where it rounds", "*", 'exact = not cpu.get("amx_bf16")', "exact = True"),

@@ -52,7 +52,7 @@ def updated(module, discrete: bool, device: torch.device) -> dict[str, torch.Ten
         made = [torch.optim.Adam(part, lr=1e-3, fused=True) for part in (critic.parameters(), actor) if part]
         batch = data(module, discrete, device)
     for update in (1, 2):
-        log = getattr(module, f"{name}_update")(agent, *made, batch, args, *([update] if name == "td3" else []))
+        log = getattr(module, f"{name}_update")(agent, *made, batch, args, *([update == 2] if name == "td3" else []))
     log = {key: torch.as_tensor(x, dtype=torch.float64) for key, x in log.items()}
     return {key: x.detach().cpu() for key, x in (agent.state_dict() | log).items()}
 

@@ -86,6 +86,19 @@ def test_one_of_the_processes_writes(trained):
         assert files[0] == files[1]
 
 
+@pytest.mark.slow
+def test_two_processes_with_compile_make_what_those_without_make(trained, tmp_path):
+    names = ["reinforce", "a2c", "ppo"]
+    commands = [f"{COMMANDS[name]} --compile" for name in names]
+    python(*TORCHRUN, "-m", "tests.processes", tmp_path, *commands, cwd=tmp_path, timeout=600)
+    for number, name in enumerate(names):
+        first, second = (torch.load(tmp_path / f"{number}-{rank}.pt") for rank in (0, 1))
+        expected = torch.load(trained[0] / f"{[*COMMANDS].index(name)}-0.pt")
+        assert all(torch.equal(first[key], second[key]) for key in first)
+        for key in expected:
+            torch.testing.assert_close(first[key], expected[key], rtol=1e-3, atol=1e-4)
+
+
 def launched(script, *flags, cwd, env=None, check=True):
     return python(*TORCHRUN, ROOT / f"{script}.py", *flags, cwd=cwd, env=env, check=check, timeout=180)
 

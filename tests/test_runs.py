@@ -214,6 +214,24 @@ def test_a_killed_run_resumed_ends_bit_for_bit_where_the_uninterrupted_one_ends(
         assert (resumed / "agent.pt").read_bytes() == (whole / "agent.pt").read_bytes()
 
 
+@pytest.mark.slow
+@each_script_with(discrete=("SignalsCartPole",), box=("SignalsPendulum",))
+def test_a_killed_run_with_compile_ends_where_the_uninterrupted_one_ends(script, env_id, here):
+    """Bit for bit; but for reinforce.py, whose code is another for the first length of a batch than for later ones."""
+    every = ("--checkpoint-every", "500", "--log-every", "100", "--compile")
+    settings = flags(script, "--env-id", f"tests.envs:{env_id}-v0", "--total-timesteps", "1000", *every)
+    whole = run(script, *settings, "--runs-dir", "whole", cwd=here) and next(Path("whole").iterdir())
+    run(script, *settings, cwd=here, env={"SIGNAL": "SIGKILL", "SIGNAL_AT": "800"}, check=False)
+    folder = only_run(here)
+    assert (folder / "checkpoint.pt").exists() and not (folder / "agent.pt").exists()
+    run(script, "--resume", folder, cwd=here)
+    if script == "reinforce":
+        assert all(row == pytest.approx(expected, rel=1e-3) for row, expected in zip(rows(folder), rows(whole)))
+    else:
+        assert rows(folder) == rows(whole)
+        assert (folder / "agent.pt").read_bytes() == (whole / "agent.pt").read_bytes()
+
+
 @pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT), ids=lambda number: number.name)
 @each_script
 def test_a_signal_ends_a_run_in_good_order(script, number, here):
