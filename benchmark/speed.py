@@ -1,16 +1,16 @@
 """Steps per second of the scripts and of their peers, in alternating pairs; how they scale; how far from the limit.
 
     pip install -r requirements.txt -r benchmark/requirements.txt
-    python benchmark/speed.py                                    # every case, an hour or two on two cores
+    python benchmark/speed.py                                    # every case, about an hour on two cores
     python benchmark/speed.py --cases sac-HalfCheetah --pairs 3  # a part of them
     python benchmark/speed.py --scaling                          # the scripts over environments, threads and widths
     python benchmark/speed.py --profile                          # what the time of a step goes into
     python benchmark/speed.py --width 8                          # the pairs with narrow layers: what is not products
     python benchmark/speed.py --pairs 0                          # the tables and figures of what was measured
 
-A pair is one run of the script and one of each peer, one after the other, each in a process of its own, with the same
-environment, networks, batch and number of updates. The clock starts after the warm-up, in which compilers compile.
-Ratios are taken within a pair, so that a machine that is slow for a while slows both. Leave it alone meanwhile.
+Each runner is a process of its own, with the same environment, networks, batch and number of updates. After a warm-up, in
+which compilers compile, they take turns of a second or so: one goes on while the others wait. A pair is one turn of each,
+and ratios are taken within it, so that a machine that is slow for a while slows all. Leave it alone meanwhile.
 
 The limit is what the environment takes alone and the products of matrices of the updates at the speed that this machine
 reaches with large ones; the rest of a step is Python, dispatch, small operations and waiting for memory.
@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -48,7 +48,7 @@ DQN = dict(train_frequency=10, gradient_steps=1, batch_size=128, learning_starts
 DQN |= dict(end_e=0.05, exploration_fraction=0.1)  # as the peers explore by default
 PEER_DQN = dict(batch_size=128, train_freq=10, gradient_steps=1, learning_starts=500, buffer_size=10_000)
 
-# name: environment, flags of the script, class of the peers and its arguments, steps of warm-up and of measurement
+# name: environment, flags of the script, class of the peers and its arguments, steps of warm-up and of ten turns
 CASES = {
     "ppo-CartPole": ("CartPole-v1", PPO_CARTPOLE | PLAIN, "PPO", PEER_PPO_CARTPOLE, 20_000, 60_000),
     "a2c-CartPole": ("CartPole-v1", dict(num_envs=4, num_steps=5) | PLAIN, "A2C", dict(n_steps=5), 10_000, 60_000),
@@ -62,6 +62,7 @@ RUNNERS = {"rungs": "Rungs", "rungs-compile": "Rungs, --compile", "sb3": "Stable
 PEERS = ("stable-baselines3", "sbx-rl", "jax")
 WIDTHS = (64, 256, 1024)
 NUM_ENVS = (1, 4, 16, 64, 256, 1024)
+TURNS = 10  # in the steps of CASES
 # part of a step: what it consists of, in any of the scripts
 PARTS = {
     "environment": ("gym.vector.SyncVectorEnv.step",),
@@ -79,7 +80,7 @@ class Options:
     cases: tuple[str, ...] = tuple(CASES)  # which of the cases
     runners: tuple[str, ...] = tuple(RUNNERS)  # of these, each in a pair
     threads: tuple[int, ...] = (1, 2)  # threads of each runner; of each the better number counts
-    pairs: int = 5  # runs of each
+    pairs: int = 12  # turns of each
     width: int = 0  # units of each hidden layer of the script and its peers; 0 for those of the case
     scaling: bool = False  # measure the scripts over environments, threads and widths instead of beside their peers
     profile: bool = False  # measure the parts of the scripts' steps on the CPU instead
@@ -89,10 +90,56 @@ class Options:
     worker: str = ""  # for internal use: one run, described as JSON
 
 
-def clock(times: list[tuple[int, float]], warm_up: int) -> float:
-    """Steps per second from the end of the warm-up on."""
-    (first_step, start), (last_step, end) = next(t for t in times if t[0] >= warm_up), times[-1]
-    return (last_step - first_step) / (end - start)
+class Turns:
+    """Lets the run of a worker go on for some steps whenever a line comes in, and prints the speed of each such turn."""
+
+    def __init__(self, task: dict, warm_up: int, steps: int):
+        """The first turn comes after the warm-up; `steps` is what all turns of a short measurement take."""
+        flags = CASES[task["case"]][1] | (dict(num_envs=task["num_envs"], num_steps=32) if task["num_envs"] else {})
+        rollout = flags.get("num_envs", 1) * flags.get("num_steps", 1)
+        self.steps = -(-steps // (TURNS * rollout)) * rollout  # whole rollouts: each turn has as many updates
+        self.next, self.begun = warm_up, None
+        self.total = warm_up + (task["turns"] + 2) * (self.steps + rollout)
+
+    def __call__(self, step: int) -> None:
+        """To be called after every step or rollout."""
+        if step < self.next:
+            return
+        speed = self.begun and (step - self.begun[0]) / (time.perf_counter() - self.begun[1])
+        print(f"\n{json.dumps({'turn': speed})}", flush=True)
+        if not sys.stdin.readline():
+            raise SystemExit
+        self.next, self.begun = step + self.steps, (step, time.perf_counter())
+
+
+class Worker:
+    """A run in a process of its own, of which nothing moves but in its turn."""
+
+    def __init__(self, task: dict):
+        self.errors = tempfile.TemporaryFile("w+")
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors)
+        self.task, self.process = task, subprocess.Popen(command_of(task), env=environment_of(task), text=True, **pipes)
+
+    def result(self) -> float | None:
+        """The speed of the turn that ends next, None for that of the warm-up; ChildProcessError if the run ends."""
+        for line in self.process.stdout:
+            if line.startswith('{"turn": '):
+                return json.loads(line)["turn"]
+        self.process.wait()
+        self.errors.seek(0)
+        raise ChildProcessError(last_line(self.errors.read(), self.process.returncode))
+
+    def turn(self) -> float:
+        """Steps per second of a turn."""
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+        return self.result()
+
+    def end(self) -> None:
+        """Ends the run, wherever it is."""
+        self.process.kill()
+        self.process.communicate()
 
 
 def load_script(task: dict):
@@ -137,38 +184,49 @@ def run_profile(task: dict) -> str:
         return result
 
     module.Run.advance = snapshot
-    speed = run_script(task | dict(runner="rungs", num_envs=0, width=0))
-    warm_up = CASES[task["case"]][4]
+    warm_up, steps = CASES[task["case"]][4:]
+    times, total = [], warm_up + steps
+    clock = lambda step: times.append((step, time.perf_counter()))  # noqa: E731
+    run_script(task | dict(runner="rungs", num_envs=0, width=0), clock, total)
+    (first, start), (last, end) = next(pair for pair in times if pair[0] >= warm_up), times[-1]
+    speed = (last - first) / (end - start)
     (first, start), (last, end) = next(pair for pair in snapshots if pair[0] >= warm_up), snapshots[-1]
     parts = {part: 1e6 * (end[part] - start[part]) / (last - first) for part in PARTS}
     parts["rest"] = 1e6 / speed - sum(parts.values())
     return json.dumps({part: round(x, 2) for part, x in parts.items()})
 
 
-def run_script(task: dict) -> float:
-    """One run of our script; returns steps per second."""
-    env_id, flags, _, _, warm_up, steps = CASES[task["case"]]
+def take_turns(task: dict) -> None:
+    """A run of our script or of the peer in turns."""
+    *_, warm_up, steps = CASES[task["case"]]
+    if task["num_envs"]:
+        warm_up, steps = 200 * task["num_envs"] + warm_up // 4, 400 * task["num_envs"] + steps // 4
+    if task["width"] > 256:
+        steps //= 4  # the widest makes 20 steps a second
+    turns = Turns(task, warm_up, steps)
+    (run_script if task["runner"].startswith("rungs") else run_peer)(task, turns, turns.total)
+
+
+def run_script(task: dict, tick: Callable[[int], None], total: int) -> None:
+    """A run of our script; `tick` is called with the step after every step or rollout."""
+    env_id, flags, _, _, _, _ = CASES[task["case"]]
     module = load_script(task)
     if task["num_envs"]:
         flags = flags | dict(num_envs=task["num_envs"], num_steps=32)
-        warm_up, steps = 200 * task["num_envs"] + warm_up // 4, 400 * task["num_envs"] + steps // 4
     if task["width"]:
         flags = flags | dict(hidden_sizes=(task["width"],) * 2)
-    if task["width"] > 256:
-        steps //= 4  # the widest makes 20 steps a second
-    times = []
     advance = module.Run.advance
 
-    def timed(self, step, row):
+    def ticking(self, step, row):
         result = advance(self, step, row)
-        times.append((step, time.perf_counter()))
+        tick(step)
         return result
 
-    module.Run.advance = timed
+    module.Run.advance = ticking
     module.train(
         module.Args(
             env_id=env_id,
-            total_timesteps=warm_up + steps,
+            total_timesteps=total,
             eval_episodes=0,
             num_threads=task["threads"],
             compile=task["runner"] == "rungs-compile",
@@ -177,23 +235,21 @@ def run_script(task: dict) -> float:
             **flags,
         )
     )
-    return clock(times, warm_up)
 
 
-def run_peer(task: dict) -> float:
-    """One run of the peer with the same settings; returns steps per second."""
-    env_id, flags, name, options, warm_up, steps = CASES[task["case"]]
+def run_peer(task: dict, tick: Callable[[int], None], total: int) -> None:
+    """A run of the peer with the same settings; `tick` is called with the step after every step."""
+    env_id, flags, name, options, _, _ = CASES[task["case"]]
     import torch
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_vec_env
 
     torch.set_num_threads(task["threads"])
     module = importlib.import_module({"sb3": "stable_baselines3", "sbx": "sbx"}[task["runner"]])
-    times = []
 
-    class Timer(BaseCallback):
+    class Ticking(BaseCallback):
         def _on_step(self) -> bool:
-            times.append((self.num_timesteps, time.perf_counter()))
+            tick(self.num_timesteps)
             return True
 
     if task["runner"] == "sb3":
@@ -201,8 +257,7 @@ def run_peer(task: dict) -> float:
     if task["width"]:
         options = options | dict(policy_kwargs=dict(net_arch=[task["width"]] * 2))
     envs = make_vec_env(env_id, n_envs=flags.get("num_envs", 1))
-    getattr(module, name)("MlpPolicy", envs, seed=1, **options).learn(warm_up + steps, callback=Timer())
-    return clock(times, warm_up)
+    getattr(module, name)("MlpPolicy", envs, seed=1, **options).learn(total, callback=Ticking())
 
 
 def run_limit(task: dict) -> float:
@@ -241,15 +296,29 @@ def timed(function) -> float:
     return time.perf_counter() - start
 
 
-def measure(task: dict) -> float | dict[str, float] | None:
-    """Steps per second of a run in a process of its own, or its profile; None if it cannot be had."""
+def command_of(task: dict) -> list[str]:
+    """The command of a worker."""
+    return [sys.executable, __file__, "--worker", json.dumps(task)]
+
+
+def environment_of(task: dict) -> dict[str, str]:
+    """The environment variables of a worker."""
     env = os.environ | {"OMP_NUM_THREADS": str(task["threads"])}
     if task["runner"] == "sbx" and task["threads"] == 1:
         env["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-    command = [sys.executable, __file__, "--worker", json.dumps(task)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    return env
+
+
+def last_line(errors: str, code: int) -> str:
+    """What a worker said last, or the code that it ended with."""
+    return (errors.strip() or f"exit code {code}").splitlines()[-1]
+
+
+def measure(task: dict) -> float | dict[str, float] | None:
+    """The limit or a profile, by a worker; None if it cannot be had."""
+    done = subprocess.run(command_of(task), env=environment_of(task), capture_output=True, text=True)
     if done.returncode:
-        print(f"{task}: {(done.stderr.strip() or f'exit code {done.returncode}').splitlines()[-1]}", file=sys.stderr)
+        print(f"{task}: {last_line(done.stderr, done.returncode)}", file=sys.stderr)
         return None
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -307,7 +376,7 @@ def report_profile(path: Path) -> None:
 
 
 def measure_all(options: Options) -> int:
-    """Measures pair by pair, and appends a row a run; returns how many runs failed."""
+    """Measures pair by pair, and appends a row a turn; returns how many runs failed."""
     failed = 0
     if options.scaling:
         shapes = [("ppo-CartPole", "rungs", 1, n, 0) for n in NUM_ENVS]
@@ -322,27 +391,46 @@ def measure_all(options: Options) -> int:
             for about in made.values():
                 about["versions"] += f", {package} {importlib.metadata.version(package)}"
     done = 1 + max((pair for pairs in read(options.out).values() for pair in pairs), default=-1)
-    for group in groups:
-        for pair in range(done, done + options.pairs):
-            for case, runner, threads, num_envs, width in group:
-                if runner == "sbx" and case.startswith("a2c"):
-                    continue  # it has none
-                task = dict(case=case, runner=runner, threads=threads, num_envs=num_envs, width=width)
-                task["device"] = options.device
-                speed = measure(task)
-                if speed is None:
-                    failed += 1
-                    continue
-                print(f"{case} {runner} {threads} {num_envs or ''} {width or ''} {speed:,.0f}", flush=True)
-                append(options.out, FIELDS, task | {"pair": pair, "speed": round(speed, 1)} | made[case.split("-")[0]])
+
+    def note(task: dict, pair: int, speed: float) -> None:
+        print(*(task[name] or "" for name in FIELDS[:5]), f"{speed:,.0f}", flush=True)
+        append(options.out, FIELDS, task | {"pair": pair, "speed": round(speed, 1)} | made[task["case"].split("-")[0]])
+
+    for group in groups if options.pairs else []:
+        tasks = []
+        for shape in group:
+            task = dict(zip(FIELDS, shape))  # as far as the shape goes
+            if task["runner"] == "sbx" and task["case"].startswith("a2c"):
+                continue  # it has none
+            tasks.append(task | dict(device=options.device, turns=options.pairs))
+        for task in [task for task in tasks if task["runner"] == "limit"]:
+            speed = measure(task)
+            failed += speed is None
+            if speed is not None:
+                note(task, done, speed)
+        with contextlib.ExitStack() as stack:
+            workers = [Worker(task) for task in tasks if task["runner"] != "limit"]
+            for worker in workers:
+                stack.callback(worker.end)
+            for pair in range(done - 1, done + options.pairs):  # the first is the warm-up of all
+                for worker in list(workers):
+                    try:
+                        speed = worker.turn() if pair >= done else worker.result()
+                    except ChildProcessError as error:
+                        print(f"{worker.task}: {error}", file=sys.stderr)
+                        workers.remove(worker)
+                        failed += 1
+                        continue
+                    if pair >= done:
+                        note(worker.task, pair, speed)
     return failed
 
 
 def read(path: Path) -> dict[tuple, dict[int, float]]:
     """The speeds by case, runner, threads, number of environments and width; of each by its pair.
 
-    Of a case those of the machine and device that it was measured on last, beside its peers and scaled: others do not
-    compare.
+    Of a case those of the machine, device and commit that it was measured on last, beside its peers and scaled: others
+    do not compare.
     """
     speeds, rows = {}, []
     if path.exists():
@@ -352,9 +440,9 @@ def read(path: Path) -> dict[tuple, dict[int, float]]:
     for row in rows:
         row["key"] = row["case"], row["runner"], int(row["threads"]), int(row["num_envs"]), int(row["width"])
         row["table"] = row["case"], row["key"][3:] == (0, 0)
-        last[row["table"]] = row["machine"], row["device"]
+        last[row["table"]] = row["machine"], row["device"], row["commit"]
     for row in rows:
-        if (row["machine"], row["device"]) == last[row["table"]]:
+        if (row["machine"], row["device"], row["commit"]) == last[row["table"]]:
             speeds.setdefault(row["key"], {})[int(row["pair"])] = float(row["speed"])
     return speeds
 
@@ -457,7 +545,7 @@ if __name__ == "__main__":
     chosen = tyro.cli(Options, description=__doc__)
     if chosen.worker:
         described = json.loads(chosen.worker)
-        workers = {"rungs": run_script, "rungs-compile": run_script, "limit": run_limit, "profile": run_profile}
-        print(workers.get(described["runner"], run_peer)(described))
+        workers = {"limit": run_limit, "profile": run_profile}
+        print(workers.get(described["runner"], take_turns)(described))
     else:
         main(chosen)
