@@ -8,9 +8,9 @@
     python benchmark/speed.py --width 8                          # the pairs with narrow layers: what is not products
     python benchmark/speed.py --pairs 0                          # the tables and figures of what was measured
 
-Each runner is a process of its own, with the same environment, networks, batch and number of updates. After a warm-up, in
-which compilers compile, they take turns of a second or so: one goes on while the others wait. A pair is one turn of each,
-and ratios are taken within it, so that a machine that is slow for a while slows all. Leave it alone meanwhile.
+Each runner is a process of its own, with the same environment, networks, batch and number of updates. After a warm-up,
+in which compilers compile, they take turns of a second or so: one goes on while the others wait. A pair is one turn of
+each, and ratios are taken within it, so that a machine that is slow for a while slows all. Leave it alone meanwhile.
 
 The limit is what the environment takes alone and the products of matrices of the updates at the speed that this machine
 reaches with large ones; the rest of a step is Python, dispatch, small operations and waiting for memory.
@@ -91,7 +91,7 @@ class Options:
 
 
 class Turns:
-    """Lets the run of a worker go on for some steps whenever a line comes in, and prints the speed of each such turn."""
+    """Lets the run of a worker go on for some steps whenever a line comes in; prints the speed of each such turn."""
 
     def __init__(self, task: dict, warm_up: int, steps: int):
         """The first turn comes after the warm-up; `steps` is what all turns of a short measurement take."""
@@ -460,7 +460,9 @@ def ratios(ours: dict[int, float], peers: dict[int, float]) -> list[float]:
 
 def report(speeds: dict[tuple, dict[int, float]]) -> None:
     """Prints the tables in Markdown."""
-    print("| case | runner | threads | steps/s (range) | Rungs plain / this | best of Rungs / this | of the limit |")
+    print(
+        "| case | runner | threads | steps/s (middle half) | Rungs plain / this | best of Rungs / this | of the limit |"
+    )
     print("|---|---|---|---|---|---|---|")
     for case in CASES:
         best = {runner: best_of(speeds, case, runner) for runner in ("limit", *RUNNERS)}
@@ -478,22 +480,31 @@ def report(speeds: dict[tuple, dict[int, float]]) -> None:
             print(f"| {' | '.join(cells)} |")
     scaling = {key: values for key, values in speeds.items() if key[3:] != (0, 0)}
     if scaling:
-        print("\n| case | runner | threads | environments | width | steps/s (range) |\n|---|---|---|---|---|---|")
+        print("\n| case | runner | threads | environments | width | steps/s (middle half) |\n|---|---|---|---|---|---|")
     for (case, runner, threads, num_envs, width), values in sorted(scaling.items()):
         cells = [case, RUNNERS.get(runner, runner), threads, num_envs or "", width or ""]
         print(f"| {' | '.join(map(str, cells))} | {spread(values.values(), ',.0f')} |")
 
 
+def bounds(values: list[float]) -> tuple[float, float]:
+    """Where the middle half of the values lies; of fewer than ten where all of them lie."""
+    if len(values) < 10:
+        return min(values), max(values)
+    low, _, high = statistics.quantiles(values, n=4)
+    return low, high
+
+
 def spread(values: Iterable[float], form: str) -> str:
-    """Median and range."""
+    """Median and bounds."""
     values = list(values)
     if not values:
         return ""
-    return f"{statistics.median(values):{form}} ({min(values):{form}}–{max(values):{form}})"
+    low, high = bounds(values)
+    return f"{statistics.median(values):{form}} ({low:{form}}–{high:{form}})"
 
 
 def draw(speeds: dict[tuple, dict[int, float]], path: Path) -> None:
-    """A bar chart: how many times as fast as Stable-Baselines3 each runner is, median over the pairs and range."""
+    """A bar chart: how many times as fast as Stable-Baselines3 each runner is, median over the pairs and bounds."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -509,7 +520,8 @@ def draw(speeds: dict[tuple, dict[int, float]], path: Path) -> None:
             best = best_of(speeds, case, runner)
             if best and (heights := ratios(best[1], unit[1])):
                 middle = statistics.median(heights)
-                error = [[middle - min(heights)], [max(heights) - middle]]
+                low, high = bounds(heights)
+                error = [[middle - low], [high - middle]]
                 x = place + 0.2 * (offset - 1.5)
                 axes.bar(x, middle, 0.19, yerr=error, color=f"C{offset}", label=about if place == 0 else None)
     axes.set_xticks(range(len(cases)), cases, rotation=20, ha="right")

@@ -1030,6 +1030,12 @@ def test_ratios_are_those_of_one_pair(tmp_path, capsys):
     assert "| dqn-CartPole | Stable-Baselines3 | 1 | 10 (5–15) | 3.00 (2.00–4.00) |" in capsys.readouterr().out
 
 
+def test_of_many_turns_the_bounds_are_those_of_the_middle_half():
+    speed = module("speed")
+    assert speed.bounds([3.0, 1.0, 2.0]) == (1, 3) and speed.bounds([*range(1, 12)]) == (3, 9)
+    assert speed.spread([*range(1, 12)], ".0f") == "6 (3–9)"
+
+
 def test_bars_are_ratios_of_pairs(tmp_path):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     speed, speeds = three_pairs(tmp_path)
@@ -1041,18 +1047,22 @@ def test_bars_are_ratios_of_pairs(tmp_path):
     pyplot.close()
 
 
-def test_speeds_of_several_machines_do_not_mix(tmp_path):
+def test_speeds_of_several_machines_or_commits_do_not_mix(tmp_path):
     speed = module("speed")
-    for pair, (case, machine, device) in enumerate(
-        [("ppo", "old", "cpu"), ("dqn", "old", "cpu"), ("ppo", "new", "cpu"), ("ppo", "new", "cuda")]
-    ):
+    kinds = [
+        ("ppo", "old", "cpu", "a"),
+        ("dqn", "old", "cpu", "a"),
+        ("ppo", "new", "cpu", "a"),
+        ("ppo", "new", "cuda", "a"),
+    ]
+    for pair, (case, machine, device, commit) in enumerate([*kinds, ("ppo", "new", "cuda", "b")]):
         row = dict(case=case, runner="rungs", threads=1, num_envs=0, width=0, pair=pair, speed=pair)
-        speed.append(tmp_path / "speed.csv", speed.FIELDS, row | {"machine": machine, "device": device})
+        speed.append(tmp_path / "speed.csv", speed.FIELDS, row | dict(machine=machine, device=device, commit=commit))
     speeds = speed.read(tmp_path / "speed.csv")
-    assert speeds == {("dqn", "rungs", 1, 0, 0): {1: 1.0}, ("ppo", "rungs", 1, 0, 0): {3: 3.0}}
-    row = dict(case="ppo", runner="rungs", threads=1, num_envs=64, width=0, pair=4, speed=4, machine="third")
+    assert speeds == {("dqn", "rungs", 1, 0, 0): {1: 1.0}, ("ppo", "rungs", 1, 0, 0): {4: 4.0}}
+    row = dict(case="ppo", runner="rungs", threads=1, num_envs=64, width=0, pair=5, speed=5, machine="third")
     speed.append(tmp_path / "speed.csv", speed.FIELDS, row | {"device": "cpu"})
-    scaled = {("ppo", "rungs", 1, 64, 0): {4: 4.0}}
+    scaled = {("ppo", "rungs", 1, 64, 0): {5: 5.0}}
     assert speed.read(tmp_path / "speed.csv") == speeds | scaled, "scaled elsewhere, which says nothing of its peers"
 
 
@@ -1084,28 +1094,124 @@ def test_bad_input_to_the_speed_tool_is_refused_before_it_measures(options, mess
     assert end.value.code == 2 and message in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("profile", (False, True))
-def test_runs_of_the_speed_tool_that_fail_are_counted(profile, tmp_path, capsys, monkeypatch):
+def with_workers(speed, monkeypatch, of):
+    """The speed tool with workers whose speed in each turn is that of the function; who ended is in the list."""
+    ended = []
+
+    class Worker:
+        def __init__(self, task):
+            self.task, self.turns = task, -1
+
+        def result(self):
+            self.turns += 1
+            return of(self.task, self.turns)
+
+        turn = result
+
+        def end(self):
+            ended.append((self.task["runner"], self.task["threads"]))
+
+    monkeypatch.setattr(speed, "Worker", Worker)
+    return ended
+
+
+def test_runs_of_the_speed_tool_that_fail_are_counted(tmp_path, capsys, monkeypatch):
+    """In the warm-up or in a later turn; the others go on without them."""
     pytest.importorskip("matplotlib")
     speed = module("speed")
-    spent = dict.fromkeys((*speed.PARTS, "rest"), 1.0) if profile else 9.0
+
+    def of(task, turn):
+        if (task["runner"], turn) in (("rungs-compile", 0), ("sb3", 2)):
+            raise ChildProcessError("it broke")
+        return 10.0 * turn
+
+    ended = with_workers(speed, monkeypatch, of)
+    monkeypatch.setattr(speed, "measure", lambda task: None)
+    where = {"out": tmp_path / "speed.csv", "chart": tmp_path / "speed.png"}
+    with pytest.raises(SystemExit) as end:
+        speed.main(speed.Options(cases=("a2c-CartPole",), threads=(1,), pairs=3, **where))
+    error = capsys.readouterr().err
+    assert end.value.code == 1 and error.count("it broke") == 2 and error.endswith("3 runs failed\n")
+    speeds = speed.read(tmp_path / "speed.csv")
+    assert speeds[("a2c-CartPole", "rungs", 1, 0, 0)] == {0: 10.0, 1: 20.0, 2: 30.0}
+    assert speeds[("a2c-CartPole", "sb3", 1, 0, 0)] == {0: 10.0} and len(speeds) == 2
+    assert sorted(ended) == [("rungs", 1), ("rungs-compile", 1), ("sb3", 1)], "SBX has no A2C"
+    speed.main(speed.Options(cases=("a2c-CartPole",), runners=("rungs",), threads=(1,), pairs=0, **where))
+
+
+def test_profiles_that_fail_are_counted(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    speed = module("speed")
+    spent = dict.fromkeys((*speed.PARTS, "rest"), 1.0)
     monkeypatch.setattr(speed, "measure", lambda task: None if task["threads"] == 2 else spent)
     where = {"out": tmp_path / "speed.csv", "chart": tmp_path / "speed.png"}
-    options = speed.Options(cases=("a2c-CartPole",), runners=("rungs",), pairs=1, profile=profile, **where)
+    options = speed.Options(cases=("a2c-CartPole",), pairs=1, profile=True, **where)
     with pytest.raises(SystemExit) as end:
         speed.main(options)
-    assert end.value.code == 1 and capsys.readouterr().err == ("1 run failed\n" if profile else "2 runs failed\n")
+    assert end.value.code == 1 and capsys.readouterr().err == "1 run failed\n"
     speed.main(dataclasses.replace(options, threads=(1,)))
 
 
 def test_every_runner_of_a_pair_has_the_width_that_was_asked_for(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     speed, widths = module("speed"), {}
-    monkeypatch.setattr(speed, "measure", lambda task: widths.setdefault(task["runner"], 100.0 + task["width"]))
+    speed_of = lambda task, turn=0: widths.setdefault(task["runner"], 100.0 + task["width"])  # noqa: E731
+    with_workers(speed, monkeypatch, speed_of)
+    monkeypatch.setattr(speed, "measure", speed_of)
     where = {"out": tmp_path / "speed.csv", "chart": tmp_path / "speed.png"}
     speed.main(speed.Options(cases=("sac-HalfCheetah",), pairs=1, threads=(1,), width=8, **where))
     assert widths == dict.fromkeys(("limit", *speed.RUNNERS), 108.0)
     assert "| sac-HalfCheetah | SBX | 1 |  | 8 | 108 (108–108) |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "case, num_envs, steps", (("ppo-CartPole", 0, 6144), ("ppo-HalfCheetah", 0, 2048), ("dqn-CartPole", 0, 3000))
+)
+def test_a_turn_has_as_many_updates_as_the_next(case, num_envs, steps, monkeypatch, capsys):
+    """Whole rollouts; the clock runs from the line that begins a turn to the end of its last step."""
+    speed, now, begun = module("speed"), [0.0], []
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
+
+    def readline():
+        now[0] += 1000.0  # the others have their turns
+        begun.append(step)
+        return "\n" if len(begun) < 4 else ""
+
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(readline=readline))
+    turns = speed.Turns(dict(case=case, num_envs=num_envs, turns=3), 5000, speed.CASES[case][5])
+    rollout = {"ppo-CartPole": 512, "ppo-HalfCheetah": 2048, "dqn-CartPole": 1}[case]
+    with pytest.raises(SystemExit):
+        for step in range(0, turns.total + 1, rollout):
+            now[0] += rollout / 50
+            turns(step)
+    speeds = [json.loads(line)["turn"] for line in capsys.readouterr().out.splitlines() if line]
+    assert speeds == [None, *[pytest.approx(50.0)] * 3]
+    assert begun[0] >= 5000 and [later - first for first, later in zip(begun, begun[1:])] == [steps] * 3
+
+
+WORKER = """
+import json, sys
+for turn in range(3):
+    print("something else")
+    print(json.dumps({"turn": 7.5 * turn or None}), flush=True)
+    sys.stdin.readline()
+print("a warning", file=sys.stderr)
+sys.exit("it broke")
+"""
+
+
+def test_a_worker_moves_in_its_turn_only_and_says_why_it_ended(monkeypatch):
+    speed = module("speed")
+    monkeypatch.setattr(speed, "command_of", lambda task: [sys.executable, "-c", WORKER])
+    worker = speed.Worker(dict(runner="rungs", threads=1))
+    assert worker.result() is None and worker.turn() == 7.5 and worker.turn() == 15.0
+    with pytest.raises(ChildProcessError, match="it broke"):
+        worker.turn()
+    worker.end()
+    other = speed.Worker(dict(runner="rungs", threads=1))
+    assert other.result() is None and other.process.poll() is None, "it waits"
+    other.end()
+    assert other.process.returncode < 0
 
 
 @pytest.mark.parametrize("flags", (["--cases", "ppo-CartPol"], ["--runners", "rungs", "sb4"]))
