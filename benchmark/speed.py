@@ -90,12 +90,22 @@ class Options:
     worker: str = ""  # for internal use: one run, described as JSON
 
 
+def flags_of(task: dict) -> dict:
+    """The flags of the script in this case, with the environments and the width of the task."""
+    flags = dict(CASES[task["case"]][1])
+    if task["num_envs"]:
+        flags |= dict(num_envs=task["num_envs"], num_steps=32)
+    if task["width"]:
+        flags |= dict(hidden_sizes=(task["width"],) * 2)
+    return flags
+
+
 class Turns:
     """Lets the run of a worker go on for some steps whenever a line comes in; prints the speed of each such turn."""
 
     def __init__(self, task: dict, warm_up: int, steps: int):
         """The first turn comes after the warm-up; `steps` is what all turns of a short measurement take."""
-        flags = CASES[task["case"]][1] | (dict(num_envs=task["num_envs"], num_steps=32) if task["num_envs"] else {})
+        flags = flags_of(task)
         rollout = flags.get("num_envs", 1) * flags.get("num_steps", 1)
         self.steps = -(-steps // (TURNS * rollout)) * rollout  # whole rollouts: each turn has as many updates
         self.next, self.begun = warm_up, None
@@ -209,12 +219,7 @@ def take_turns(task: dict) -> None:
 
 def run_script(task: dict, tick: Callable[[int], None], total: int) -> None:
     """A run of our script; `tick` is called with the step after every step or rollout."""
-    env_id, flags, _, _, _, _ = CASES[task["case"]]
     module = load_script(task)
-    if task["num_envs"]:
-        flags = flags | dict(num_envs=task["num_envs"], num_steps=32)
-    if task["width"]:
-        flags = flags | dict(hidden_sizes=(task["width"],) * 2)
     advance = module.Run.advance
 
     def ticking(self, step, row):
@@ -225,14 +230,14 @@ def run_script(task: dict, tick: Callable[[int], None], total: int) -> None:
     module.Run.advance = ticking
     module.train(
         module.Args(
-            env_id=env_id,
+            env_id=CASES[task["case"]][0],
             total_timesteps=total,
             eval_episodes=0,
             num_threads=task["threads"],
             compile=task["runner"] == "rungs-compile",
             device=task["device"],
             runs_dir=tempfile.mkdtemp(),
-            **flags,
+            **flags_of(task),
         )
     )
 

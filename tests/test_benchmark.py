@@ -1165,7 +1165,7 @@ def test_every_runner_of_a_pair_has_the_width_that_was_asked_for(tmp_path, capsy
 
 
 @pytest.mark.parametrize(
-    "case, num_envs, steps", (("ppo-CartPole", 0, 6144), ("ppo-HalfCheetah", 0, 2048), ("dqn-CartPole", 0, 3000))
+    "case, num_envs, steps", (("ppo-CartPole", 4, 6144), ("ppo-HalfCheetah", 1, 2048), ("dqn-CartPole", 1, 3000))
 )
 def test_a_turn_has_as_many_updates_as_the_next(case, num_envs, steps, monkeypatch, capsys):
     """Whole rollouts; the clock runs from the line that begins a turn to the end of its last step."""
@@ -1178,11 +1178,10 @@ def test_a_turn_has_as_many_updates_as_the_next(case, num_envs, steps, monkeypat
         return "\n" if len(begun) < 4 else ""
 
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(readline=readline))
-    turns = speed.Turns(dict(case=case, num_envs=num_envs, turns=3), 5000, speed.CASES[case][5])
-    rollout = {"ppo-CartPole": 512, "ppo-HalfCheetah": 2048, "dqn-CartPole": 1}[case]
+    turns = speed.Turns(dict(case=case, num_envs=0, width=0, turns=3), 5000, speed.CASES[case][5])
     with pytest.raises(SystemExit):
-        for step in range(0, turns.total + 1, rollout):
-            now[0] += rollout / 50
+        for step in range(0, turns.total + 1, num_envs):  # as the peers count
+            now[0] += num_envs / 50
             turns(step)
     speeds = [json.loads(line)["turn"] for line in capsys.readouterr().out.splitlines() if line]
     assert speeds == [None, *[pytest.approx(50.0)] * 3]
