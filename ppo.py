@@ -23,8 +23,7 @@ incentive to leave pi_old; it does not bound the ratio.
 After termination there is no further reward. A time limit (truncation) or the rollout's end only breaks an episode off:
 V of the state reached stands for the rewards to come. `done`, terminated or truncated, keeps A_t within its episode.
 
-Schulman et al. 2017, "Proximal Policy Optimization Algorithms", arXiv 1707.06347. GAE: Schulman et al. 2016, arXiv
-1506.02438.
+Schulman et al. 2017, "Proximal Policy Optimization Algorithms", arXiv 1707.06347. GAE: theirs of 2016, 1506.02438.
 
     python ppo.py                                                    # CartPole-v1
     python ppo.py --env-id HalfCheetah-v5                            # the README has better flags for MuJoCo
@@ -340,7 +339,9 @@ def ppo_step(agent: Agent, optimizer, batch: list[Tensor], args: Args) -> dict[s
     loss, log = ppo_loss(agent, args, batch)
     loss.backward()
     average(agent, log)  # does nothing, except under torchrun
-    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+    grads = [p.grad for p in agent.parameters() if p.grad is not None]
+    norm = torch.cat([x.flatten() for x in grads]).norm()
+    torch._foreach_mul_(grads, (args.max_grad_norm / (norm + 1e-6)).clamp(max=1))
     optimizer.step()
     optimizer.zero_grad()
     return log
@@ -537,15 +538,15 @@ def check_flags(args: Args) -> torch.device:
     return torch.device(device)
 
 
-class TraceableOptimizer:
-    """The steps of an Adam or RMSprop of torch.optim, on its state, in a form that --compile can trace."""
+class FastOptimizer:
+    """The steps of a torch.optim.Adam, AdamW or RMSprop on its state: with less Python, and --compile traces them."""
 
     def __init__(self, optimizer: torch.optim.Optimizer):
         self.optimizer, self.groups, is_adam = optimizer, [], isinstance(optimizer, torch.optim.Adam)
-        self.function, names = (adam, ("exp_avg", "exp_avg_sq")) if is_adam else (rmsprop, ("square_avg",))
-        own = ("amsgrad", "decoupled_weight_decay") if is_adam else ("alpha", "momentum", "centered")
+        self.function, names = (fast_adam, ("exp_avg", "exp_avg_sq")) if is_adam else (fast_rmsprop, ("square_avg",))
+        own = ("decoupled_weight_decay",) if is_adam else ("alpha",)
         for group in optimizer.param_groups:
-            options = {name: group[name] for name in ("eps", "weight_decay", "maximize", *own)}
+            options = {name: group[name] for name in ("eps", "weight_decay", *own)}
             if is_adam:
                 options["beta1"], options["beta2"] = group["betas"]
             params, learning_rate = group["params"], group["params"][0].new_zeros(())
@@ -555,45 +556,87 @@ class TraceableOptimizer:
             columns = [[optimizer.state[p][name] for p in params] for name in (*names, "step")]
             for x in sum(columns, [learning_rate]):
                 torch._dynamo.mark_static_address(x, guard=False)  # a CUDA graph uses it in place
-            self.groups.append((params, columns, learning_rate, options))
+            self.groups.append((group, params, columns, learning_rate, options))
 
-    def up_to_date(self) -> "TraceableOptimizer":
+    def up_to_date(self) -> "FastOptimizer":
         """Itself, with the learning rates as they are now: in tensors, for a new number would be compiled anew."""
-        for (_, _, learning_rate, _), group in zip(self.groups, self.optimizer.param_groups):
+        for group, _, _, learning_rate, _ in self.groups:
             learning_rate.fill_(group["lr"])
         return self
 
     @torch.no_grad()
     def step(self) -> None:
         """Takes a step with each parameter that has a gradient."""
-        for params, columns, learning_rate, options in self.groups:
-            for p, *moments, count in zip(params, *columns):
-                if p.grad is not None:
-                    three = [[x] for x in moments] + [[]] * (3 - len(moments))  # [] for what amsgrad, momentum need
-                    self.function([p], [p.grad], *three, [count], foreach=False, lr=learning_rate, **options)
+        for group, params, columns, learning_rate, options in self.groups:
+            lr = learning_rate if torch.compiler.is_compiling() else group["lr"]
+            rows = [row for row in zip(params, [p.grad for p in params], *columns) if row[1] is not None]
+            if rows:
+                self.function(*map(list, zip(*rows)), lr=lr, **options)
 
     def zero_grad(self) -> None:
         """Forgets the gradients."""
-        for params, *_ in self.groups:
+        for _, params, *_ in self.groups:
             for p in params:
                 p.grad = None
 
 
+def fast_adam(params, grads, means, squares, counts, *, lr, beta1, beta2, decoupled_weight_decay, **options) -> None:
+    """Adam's step (Kingma and Ba 2015): by torch's fused function, which --compile cannot trace, or by that formula."""
+    if not torch.compiler.is_compiling():
+        options |= dict(lr=lr, beta1=beta1, beta2=beta2, decoupled_weight_decay=decoupled_weight_decay)
+        return adam(params, grads, means, squares, [], counts, fused=True, amsgrad=False, maximize=False, **options)
+    weight_decay, eps = options["weight_decay"], options["eps"]
+    torch._foreach_add_(counts, 1)
+    # Of all parameters at once and by exp: else what is compiled takes these powers anew for every few weights.
+    decay1, decay2 = (torch.exp(torch.stack(counts) * math.log(max(beta, 1e-99))) for beta in (beta1, beta2))
+    root = (1 - decay2).sqrt()
+    step_size, eps = lr * root / (1 - decay1), eps * root
+    for i, (p, grad, mean, square) in enumerate(zip(params, grads, means, squares)):
+        if decoupled_weight_decay:
+            p.mul_(1 - lr * weight_decay)
+        elif weight_decay:
+            grad = grad + weight_decay * p
+        mean.lerp_(grad, 1 - beta1)
+        square.lerp_(grad.square(), 1 - beta2)
+        p.sub_(step_size[i] * mean / (square.sqrt() + eps[i]))
+
+
+def fast_rmsprop(params, grads, squares, counts, **options) -> None:
+    """RMSprop's step (Hinton's lecture 6e of 2012), by torch's own function."""
+    options |= dict(momentum=0, centered=False, foreach=not torch.compiler.is_compiling())
+    rmsprop(params, grads, squares, [], [], counts, **options)
+
+
 def accelerated(update, args: Args, device: torch.device):
-    """The update: --compile makes it one graph, on CUDA a CUDA graph; --onednn multiplies its matrices by oneDNN."""
+    """The update with fast optimizers: --compile makes it one graph, on CUDA a CUDA graph; --onednn is for products."""
+    function = update
     if args.compile:
         torch._dynamo.config.recompile_limit = 256  # graphs of one function: a process may train many networks
         torch._dynamo.config.trace_autograd_ops = True  # lets backward() into the graph
-        torch._inductor.config.triton.cudagraph_skip_dynamic_graphs = True  # no CUDA graph for each length of a batch
-        torch._inductor.config.fallback_random = device.type == "cpu"  # there inductor's own random numbers are slow
+        inductor = torch._inductor.config
+        inductor.triton.cudagraph_skip_dynamic_graphs = True  # no CUDA graph for each length of a batch
+        inductor.fallback_random = device.type == "cpu"  # there inductor's own random numbers are slow
+        inductor.cpp.use_decompose_tanh = True  # by exp: five times as fast, right to 1e-7
+        inductor.size_asserts = inductor.alignment_asserts = False  # that its own products have the shapes it gave them
         mode = "reduce-overhead" if device.type == "cuda" else "default"
-        graph = torch.compile(update, fullgraph=True, mode=mode)
-        traceable = cache(TraceableOptimizer)  # made in the first update, when --resume has loaded the state
+        function = torch.compile(update, fullgraph=True, mode=mode)
 
-        def update(*inputs):
-            """The same, its results copied: a CUDA graph writes its next ones where its last ones are."""
-            inputs = [traceable(x).up_to_date() if isinstance(x, torch.optim.Optimizer) else x for x in inputs]
-            return {name: x.clone() for name, x in graph(*inputs).items()}
+    @cache  # in the first update, when --resume has loaded the state
+    def fast(optimizer: torch.optim.Optimizer) -> FastOptimizer | torch.optim.Optimizer:
+        """Its fast form, or itself if it has none."""
+        rare = ("amsgrad", "maximize", "momentum", "centered")
+        takes = isinstance(optimizer, (torch.optim.Adam, torch.optim.RMSprop))
+        takes = takes and not any(group.get(name) for group in optimizer.param_groups for name in rare)
+        return FastOptimizer(optimizer) if takes else optimizer
+
+    def update(*inputs):
+        """The same; on CUDA its results are copied: a graph writes its next ones where its last ones are."""
+        inputs = [fast(x) if isinstance(x, torch.optim.Optimizer) else x for x in inputs]
+        if not args.compile:
+            return function(*inputs)
+        inputs = [x.up_to_date() if isinstance(x, FastOptimizer) else x for x in inputs]
+        results = function(*inputs)
+        return {name: x.clone() for name, x in results.items()} if device.type == "cuda" else results
 
     cpu = torch.cpu.get_capabilities()
     faster = cpu.get("avx512_bf16") and cpu.get("cpu_name", "").startswith("AMD")  # on Intel MKL is faster

@@ -69,7 +69,7 @@ PARTS = {
     "acting": ("Agent.act", "Agent.random_action", "Agent.to_env"),
     "memory": ("true_next_obs", "stack", "gather", "ReplayBuffer.add", "ReplayBuffer.sample"),
     "gradients": ("a2c_loss", "ppo_loss", "critic_loss", "actor_loss", "Tensor.backward"),
-    "optimizer": ("torch.optim.Adam.step", "torch.optim.RMSprop.step", "nn.utils.clip_grad_norm_", "polyak"),
+    "optimizer": ("FastOptimizer.step", "FastOptimizer.zero_grad", "polyak"),
 }
 FIELDS = ("case", "runner", "threads", "num_envs", "width", "pair", "speed", "device", "commit", "versions", "machine")
 PROFILE_FIELDS = ("case", "threads", *PARTS, "rest", "commit", "versions", "machine")  # microseconds a step

@@ -785,7 +785,8 @@ def test_compiled_updates_agree_with_the_eager_ones(module):
 
 @pytest.mark.parametrize("module", (reinforce, a2c, ppo, dqn, ddpg, td3, sac))
 @pytest.mark.parametrize("kind", ("Adam", "AdamW", "RMSprop"))
-def test_a_traceable_optimizer_takes_the_steps_of_that_of_torch(module, kind):
+@pytest.mark.parametrize("compiling", (False, True), ids=("eager", "compiling"))
+def test_a_fast_optimizer_takes_the_steps_of_that_of_torch(module, compiling, kind, monkeypatch):
     """With two groups, a rate that changes, a parameter without a gradient; also from and to a state in between."""
     torch.manual_seed(0)
     options = dict(alpha=0.9) if kind == "RMSprop" else dict(betas=(0.8, 0.95))
@@ -795,7 +796,7 @@ def test_a_traceable_optimizer_takes_the_steps_of_that_of_torch(module, kind):
     for a, b, c, unused in networks:
         groups = {"params": [a, unused]}, {"params": [b, c], "lr": 0.03}
         made.append(getattr(torch.optim, kind)(groups, lr=0.01, eps=1e-3, weight_decay=0.1, **options))
-    traceable = None
+    fast = None
     for i in range(12):
         rates = 0.01 / (i + 1), 0.03
         grads = [torch.randn_like(p) for p in networks[0]]
@@ -809,15 +810,17 @@ def test_a_traceable_optimizer_takes_the_steps_of_that_of_torch(module, kind):
         if i in (4, 8):  # as a checkpoint does
             state = copy.deepcopy(made[1].state_dict())
             made[1].load_state_dict(state)
-            traceable = None
+            fast = None
         if i < 2:
             made[1].step()
             made[1].zero_grad()
         else:
-            traceable = traceable or module.TraceableOptimizer(made[1])
-            assert traceable.up_to_date() is traceable
-            traceable.step()
-            traceable.zero_grad()
+            fast = fast or module.FastOptimizer(made[1])
+            assert fast.up_to_date() is fast
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+                fast.step()
+            fast.zero_grad()
         assert all(p.grad is None for p in networks[1])
     for x, y in zip(*networks):
         torch.testing.assert_close(x, y, rtol=1e-7, atol=1e-9)
@@ -861,7 +864,8 @@ def test_compile_makes_one_graph_of_the_whole_function(module, device, mode, mon
     asked, given, results = [], [], {"losses/x": torch.ones(())}
 
     def function(x, optimizer):
-        raise AssertionError("not compiled")
+        assert isinstance(optimizer, module.FastOptimizer)
+        return results
 
     def compiler(function, **options):
         asked.append((function, options))
@@ -874,11 +878,25 @@ def test_compile_makes_one_graph_of_the_whole_function(module, device, mode, mon
     optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(2))], lr=0.5)
     log = accelerated(torch.zeros(()), optimizer)
     results["losses/x"].add_(1)
-    assert log == {"losses/x": 1, "x": 0}
+    assert log == {"losses/x": 1 if device == "cuda" else 2, "x": 0}
     optimizer.param_groups[0]["lr"] = 0.25
     accelerated(torch.zeros(()), optimizer)
-    assert given[0] is given[1] and given[0].optimizer is optimizer and given[0].groups[0][2] == 0.25
-    assert module.accelerated(function, module.Args(compile=False, onednn=False), CPU) is function
+    assert given[0] is given[1] and given[0].optimizer is optimizer and given[0].groups[0][3] == 0.25
+    eager = module.accelerated(function, module.Args(compile=False), torch.device(device))
+    assert eager(torch.zeros(()), optimizer) is results and len(asked) == 1
+
+
+@pytest.mark.parametrize("module", (reinforce, a2c, ppo, dqn, ddpg, td3, sac))
+@pytest.mark.parametrize(
+    "kind, options",
+    (("SGD", {}), ("Adam", {"amsgrad": True}), ("Adam", {"maximize": True}), ("RMSprop", {"momentum": 0.9})),
+    ids=("SGD", "amsgrad", "maximize", "momentum"),
+)
+def test_optimizers_without_a_fast_form_stay_as_they_are(module, kind, options):
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = getattr(torch.optim, kind)([p], lr=0.1, **options)
+    function = module.accelerated(lambda optimizer: optimizer, module.Args(), CPU)
+    assert function(optimizer) is optimizer
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -939,8 +957,7 @@ def test_onednn_is_used_where_it_is_faster_and_exact(module, cpu, device, used, 
 
     accelerated = module.accelerated(product, module.Args(onednn=True), torch.device(device))
     accelerated()
-    assert module.accelerated(product, module.Args(onednn=False), torch.device(device)) is product
-    product()
+    module.accelerated(product, module.Args(onednn=False), torch.device(device))()
     with pytest.raises(RuntimeError):
         accelerated()
     assert precisions == [used, "none", used]
