@@ -179,6 +179,7 @@ class RunningStatistics(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("var", torch.ones(size))
+        self.register_buffer("scale", torch.ones(size))  # 1 / standard deviation
         self.register_buffer("count", torch.zeros(()))
 
     def update(self, x: Tensor) -> None:
@@ -186,8 +187,9 @@ class RunningStatistics(nn.Module):
         var, mean = torch.var_mean(x, dim=0, correction=0)
         self.count += len(x)
         share = len(x) / self.count
-        self.var += share * (var - self.var + (1 - share) * (mean - self.mean).square())
-        self.mean += share * (mean - self.mean)
+        self.var.lerp_(var + (1 - share) * (mean - self.mean).square(), share)
+        self.mean.lerp_(mean, share)
+        self.scale.copy_((self.var + 1e-8).rsqrt())
 
 
 class RewardScaler(nn.Module):
@@ -197,14 +199,14 @@ class RewardScaler(nn.Module):
         super().__init__()
         self.gamma = gamma
         self.statistics = RunningStatistics(1)
-        self.running_return = 0.0  # of the episodes under way, (N,); whoever resets the environments sets it to 0
+        self.running_return = 0.0  # gamma times that of each episode under way, (N,); 0 after a reset
 
     def forward(self, reward: Tensor, done: Tensor) -> Tensor:
         """Rewards (T, N) in and out; a return here is the discounted sum of rewards so far, anew in each episode."""
         returns = []
-        for reward_t, done_t in zip(reward, done):
-            returns.append(reward_t + self.gamma * self.running_return)
-            self.running_return = returns[-1] * ~done_t
+        for reward_t, discount_t in zip(reward, self.gamma * ~done):
+            returns.append(reward_t + self.running_return)
+            self.running_return = discount_t * returns[-1]
         self.statistics.update(torch.stack(returns).reshape(-1, 1))
         var = self.statistics.var
         return reward * torch.where(var > 0, var + 1e-8, 1.0).rsqrt()  # equal returns so far give no scale
@@ -230,9 +232,8 @@ class Agent(nn.Module):
 
     def normalize(self, obs: Tensor) -> Tensor:
         """Observations (..., obs_dim) as the networks take them; with --norm-obs cut off at 10 standard deviations."""
-        if self.obs_statistics is None:
-            return obs
-        return ((obs - self.obs_statistics.mean) * (self.obs_statistics.var + 1e-8).rsqrt()).clamp(-10, 10)
+        statistics = self.obs_statistics
+        return obs if statistics is None else ((obs - statistics.mean) * statistics.scale).clamp(-10, 10)
 
     @torch.inference_mode()
     def act(self, obs: np.ndarray, explore: bool) -> np.ndarray:
@@ -285,8 +286,8 @@ def true_next_obs(next_obs: np.ndarray, done: np.ndarray, infos: dict) -> np.nda
 def discounted_sum(x: Tensor, discount: Tensor) -> Tensor:
     """y_t = x_t + discount_t y_{t+1}, from the last row to the first, with 0 after the last; all (T, N)."""
     y = [torch.zeros_like(x[0])]
-    for x_t, discount_t in zip(reversed(x), reversed(discount)):
-        y.append(x_t + discount_t * y[-1])
+    for x_t, discount_t in zip(reversed(x.unbind()), reversed(discount.unbind())):
+        y.append(torch.addcmul(x_t, discount_t, y[-1]))
     return torch.stack(y[:0:-1])  # in the order of time, without the 0
 
 

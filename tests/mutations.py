@@ -74,8 +74,8 @@ MUTATIONS = [
     Mutation(
         "a hidden layer without ReLU",
         "dqn.py ddpg.py td3.py sac.py",
-        "self.fc2(self.fc1(obs).relu()).relu()",
-        "self.fc2(self.fc1(obs)).relu()",
+        "self.fc2(self.fc1(obs).relu_()).relu_()",
+        "self.fc2(self.fc1(obs)).relu_()",
     ),
     Mutation(
         "ReLU for tanh",
@@ -134,16 +134,19 @@ MUTATIONS = [
     Mutation(
         "running variance without the shift of the mean",
         "*",
-        "(var - self.var + (1 - share) * (mean - self.mean).square())",
-        "(var - self.var)",
+        "var + (1 - share) * (mean - self.mean).square(), share",
+        "var, share",
     ),
     Mutation(
         "running variance around the new mean",
         "*",
-        "        self.var += share * (var - self.var + (1 - share) * (mean - self.mean).square())\n"
-        "        self.mean += share * (mean - self.mean)\n",
-        "        self.mean += share * (mean - self.mean)\n"
-        "        self.var += share * (var - self.var + (1 - share) * (mean - self.mean).square())\n",
+        "        self.var.lerp_(var + (1 - share) * (mean - self.mean).square(), share)\n"
+        "        self.mean.lerp_(mean, share)\n",
+        "        self.mean.lerp_(mean, share)\n"
+        "        self.var.lerp_(var + (1 - share) * (mean - self.mean).square(), share)\n",
+    ),
+    Mutation(
+        "running scale stays 1", "*", "self.scale.copy_((self.var + 1e-8).rsqrt())", "self.scale.copy_(self.scale)"
     ),
     Mutation(
         "statistics in no checkpoint",
@@ -151,8 +154,8 @@ MUTATIONS = [
         'self.register_buffer("mean", torch.zeros(size))',
         'self.register_buffer("mean", torch.zeros(size), persistent=False)',
     ),
-    Mutation("scaler: no end of an episode", "*", "= returns[-1] * ~done_t", "= returns[-1]"),
-    Mutation("scaler: sum without gamma", "*", "reward_t + self.gamma * self.running", "reward_t + self.running"),
+    Mutation("scaler: no end of an episode", "*", "self.gamma * ~done)", "self.gamma * torch.ones_like(reward))"),
+    Mutation("scaler: sum without gamma", "*", "zip(reward, self.gamma * ~done)", "zip(reward, 1.0 * ~done)"),
     Mutation("scaler: deviation of rewards", "*", "torch.stack(returns).reshape", "reward.reshape"),
     Mutation(
         "scaler: rewards centred as well",
@@ -182,10 +185,10 @@ MUTATIONS = [
     Mutation(
         "observations divided by the variance",
         "*",
-        "(self.obs_statistics.var + 1e-8).rsqrt()).clamp",
-        "(self.obs_statistics.var + 1e-8).reciprocal()).clamp",
+        "(self.var + 1e-8).rsqrt()",
+        "(self.var + 1e-8).reciprocal()",
     ),
-    Mutation("normalised observations without limits", "*", ".rsqrt()).clamp(-10, 10)", ".rsqrt())"),
+    Mutation("normalised observations without limits", "*", "statistics.scale).clamp(-10, 10)", "statistics.scale)"),
     Mutation("the critic sees raw observations", "*", "self.critic(self.normalize(obs))", "self.critic(obs)"),
     Mutation("the policy acts on raw observations", "*", "self.policy(self.normalize(obs)", "self.policy(obs"),
     Mutation(
@@ -262,7 +265,7 @@ MUTATIONS = [
     Mutation(
         "gae: no gamma in delta", "a2c.py ppo.py", "rollout.reward + gamma * next_value", "rollout.reward + next_value"
     ),
-    Mutation("discounted sum: discount of the row before", "*", "reversed(discount)", "reversed(discount.roll(1, 0))"),
+    Mutation("discounted sum: discount of the row before", "*", "discount.unbind()", "discount.roll(1, 0).unbind()"),
     Mutation(
         "the next value is that of the next row",
         POLICY_GRADIENT,
@@ -349,11 +352,18 @@ MUTATIONS = [
     Mutation("no weight of the value loss", "a2c.py ppo.py", "+ args.vf_coef * value_loss", "+ value_loss"),
     Mutation(
         "value loss without its half",
-        "a2c.py ppo.py",
+        "a2c.py",
+        "value_loss = (agent.value(obs) - target).square().mean() / 2",
+        "value_loss = (agent.value(obs) - target).square().mean()",
+    ),
+    Mutation(
+        "PPO: value loss without its half",
+        "ppo.py",
         "value_loss = value_error.mean() / 2",
         "value_loss = value_error.mean()",
     ),
-    Mutation("gradients clipped by value, not by norm", "a2c.py ppo.py", "clip_grad_norm_(", "clip_grad_value_("),
+    Mutation("short gradients are made longer", "a2c.py ppo.py", "(norm + 1e-6)).clamp(max=1)", "(norm + 1e-6))"),
+    Mutation("gradients are not clipped", "a2c.py ppo.py", "(norm + 1e-6)).clamp(max=1)", "(norm + 1e-6)).clamp(1, 1)"),
     Mutation("gradients add up", POLICY_GRADIENT, "    optimizer.zero_grad()\n    return log", "    return log"),
     Mutation(
         "PPO: ratio upside down", "ppo.py", "log_ratio = log_prob - old_log_prob", "log_ratio = old_log_prob - log_prob"
@@ -954,7 +964,21 @@ MUTATIONS = [
         "fallback_random = False",
     ),
     Mutation("--compile keeps the first learning rate", "*", 'learning_rate.fill_(group["lr"])', "pass"),
-    Mutation("--compile begins a new optimizer in each update", "*", "cache(TraceableOptimizer)", "TraceableOptimizer"),
+    Mutation("--compile begins a new optimizer in each update", "*", "    @cache  # in the", "    # in the"),
+    Mutation(
+        "a fast form for optimizers that have none",
+        "*",
+        'rare = ("amsgrad", "maximize", "momentum", "centered")',
+        "rare = ()",
+    ),
+    Mutation(
+        "the results of a CUDA graph are not copied",
+        "*",
+        'if device.type == "cuda" else results',
+        "if False else results",
+    ),
+    Mutation("--compile: Adam's squares are not corrected", "*", "root = (1 - decay2).sqrt()", "root = 1 + 0 * decay2"),
+    Mutation("--compile: Adam's eps grows with the correction", "*", ", eps * root\n", ", eps / root\n"),
     Mutation(
         "--compile forgets a resumed optimizer", "*", " for name in names} | optimizer.state[p]", " for name in names}"
     ),
@@ -964,14 +988,14 @@ MUTATIONS = [
     Mutation(
         "--compile knows no weight decay",
         "*",
-        '("eps", "weight_decay", "maximize", *own)}',
-        '("eps", "maximize", *own)} | {"weight_decay": 0}',
+        '("eps", "weight_decay", *own)}',
+        '("eps", *own)} | {"weight_decay": 0}',
     ),
     Mutation(
         "--compile steps without gradients",
         "*",
-        "                if p.grad is not None:\n",
-        "                if True:\n",
+        "if row[1] is not None]",
+        "if True]",
     ),
     Mutation("oneDNN multiplies on Intel too", "*", '.startswith("AMD")', '.startswith("")'),
     Mutation("oneDNN multiplies where it rounds", "*", 'exact = not cpu.get("amx_bf16")', "exact = True"),
