@@ -68,8 +68,8 @@ MUTATIONS = [
     Mutation(
         "the first hidden layer of Q is as wide as the second",
         CONTINUOUS,
-        "action_dim, h1), nn.Linear(h1, h2)",
-        "action_dim, h2), nn.Linear(h2, h2)",
+        "action_dim, h1), Linear(h1, h2)",
+        "action_dim, h2), Linear(h2, h2)",
     ),
     Mutation(
         "a hidden layer without ReLU",
@@ -80,8 +80,8 @@ MUTATIONS = [
     Mutation(
         "ReLU for tanh",
         "*",
-        "nn.Linear(inputs, h1), nn.Tanh(), nn.Linear(h1, h2), nn.Tanh()",
-        "nn.Linear(inputs, h1), nn.ReLU(), nn.Linear(h1, h2), nn.ReLU()",
+        "Linear(inputs, h1), nn.Tanh(), Linear(h1, h2), nn.Tanh()",
+        "Linear(inputs, h1), nn.ReLU(), Linear(h1, h2), nn.ReLU()",
     ),
     Mutation("biases begin as torch has them", "*", "        nn.init.zeros_(layer.bias)\n", ""),
     Mutation(
