@@ -555,13 +555,13 @@ class FastOptimizer:
 
 
 def fast_adam(params, grads, means, squares, counts, *, lr, beta1, beta2, decoupled_weight_decay, **options) -> None:
-    """Adam's step (Kingma and Ba 2015): by torch's fused function, which --compile cannot trace, or by that formula."""
+    """Adam's step (Kingma and Ba 2015): torch's fused function, or the formula, for that function cannot be traced."""
     if not torch.compiler.is_compiling():
         options |= dict(lr=lr, beta1=beta1, beta2=beta2, decoupled_weight_decay=decoupled_weight_decay)
         return adam(params, grads, means, squares, [], counts, fused=True, amsgrad=False, maximize=False, **options)
     weight_decay, eps = options["weight_decay"], options["eps"]
     torch._foreach_add_(counts, 1)
-    # Of all parameters at once and by exp: else what is compiled takes these powers anew for every few weights.
+    # For all parameters at once and by exp: else compiled code computes these powers anew for every few weights.
     decay1, decay2 = (torch.exp(torch.stack(counts) * math.log(max(beta, 1e-99))) for beta in (beta1, beta2))
     root = (1 - decay2).sqrt()
     step_size, eps = lr * root / (1 - decay1), eps * root
@@ -591,13 +591,13 @@ def accelerated(update, args: Args, device: torch.device):
         inductor.triton.cudagraph_skip_dynamic_graphs = True  # no CUDA graph for each length of a batch
         inductor.fallback_random = device.type == "cpu"  # there inductor's own random numbers are slow
         inductor.cpp.use_decompose_tanh = True  # by exp: five times as fast, right to 1e-7
-        inductor.size_asserts = inductor.alignment_asserts = False  # that its own products have the shapes it gave them
+        inductor.size_asserts = inductor.alignment_asserts = False  # each takes as long as a small kernel
         mode = "reduce-overhead" if device.type == "cuda" else "default"
         function = torch.compile(update, fullgraph=True, mode=mode)
 
     @cache  # in the first update, when --resume has loaded the state
     def fast(optimizer: torch.optim.Optimizer) -> FastOptimizer | torch.optim.Optimizer:
-        """Its fast form, or itself if it has none."""
+        """The optimizer's fast form, or itself if it has none."""
         rare = ("amsgrad", "maximize", "momentum", "centered")
         takes = isinstance(optimizer, (torch.optim.Adam, torch.optim.RMSprop))
         takes = takes and not any(group.get(name) for group in optimizer.param_groups for name in rare)

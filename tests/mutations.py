@@ -71,6 +71,7 @@ MUTATIONS = [
         "action_dim, h1), Linear(h1, h2)",
         "action_dim, h2), Linear(h2, h2)",
     ),
+    Mutation("layers without their bias", "*", "(x, *self._parameters.values())", "(x, self.weight)"),
     Mutation(
         "a hidden layer without ReLU",
         "dqn.py ddpg.py td3.py sac.py",
