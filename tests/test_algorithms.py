@@ -633,13 +633,14 @@ def test_gradients_longer_than_max_grad_norm_are_scaled_to_it(module):
     flags = dict(update_epochs=1, num_minibatches=1) if module is ppo else {}
     update = getattr(module, f"{module.__name__}_update")
     steps = []
-    for limit in (1e-3, 1e9):
+    for limit in (1e-3, 1e6, 1e9):
         agent, args = real_agent(module, max_grad_norm=limit, **flags)
         before = torch.cat([p.flatten() for p in agent.parameters()]).clone()
         torch.manual_seed(5)
         update(agent, torch.optim.SGD(agent.parameters(), lr=1.0), random_rollout(4, 6, 3), args)
         steps.append(torch.cat([p.flatten() for p in agent.parameters()]) - before)
-    clipped, free = steps
+    clipped, free, freer = steps
+    assert torch.equal(free, freer), "shorter ones stay as they are"
     assert clipped.norm().item() == pytest.approx(1e-3, rel=1e-3) and free.norm() > 0.01
     torch.testing.assert_close(clipped / clipped.norm(), free / free.norm(), rtol=1e-6, atol=1e-9)
 
