@@ -114,7 +114,7 @@ class Args:
 
 
 class Linear(nn.Linear):
-    """nn.Linear without the hooks that each call looks for: looking takes as long as small layers do."""
+    """nn.Linear whose calls run no hooks: looking for them, and for weight and bias, takes as long as a small layer."""
 
     def __call__(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, *self._parameters.values())
@@ -450,10 +450,10 @@ def fast_adam(params, grads, means, squares, counts, *, lr, beta1, beta2, decoup
         return adam(params, grads, means, squares, [], counts, fused=True, amsgrad=False, maximize=False, **options)
     weight_decay, eps = options["weight_decay"], options["eps"]
     torch._foreach_add_(counts, 1)
-    # For all parameters at once and by exp: else compiled code computes these powers anew for every few weights.
+    # beta ** count, for all parameters at once and by exp: else compiled code computes it anew for every few weights.
     decay1, decay2 = (torch.exp(torch.stack(counts) * math.log(max(beta, 1e-99))) for beta in (beta1, beta2))
     root = (1 - decay2).sqrt()
-    step_size, eps = lr * root / (1 - decay1), eps * root
+    step_size, eps = lr * root / (1 - decay1), eps * root  # both corrections taken out of the moments
     for i, (p, grad, mean, square) in enumerate(zip(params, grads, means, squares)):
         if decoupled_weight_decay:
             p.mul_(1 - lr * weight_decay)
@@ -471,7 +471,7 @@ def fast_rmsprop(params, grads, squares, counts, **options) -> None:
 
 
 def accelerated(update, args: Args, device: torch.device):
-    """The update with fast optimizers: --compile makes it one graph, on CUDA a CUDA graph; --onednn is for products."""
+    """The update with fast optimizers, with --compile one graph, on CUDA a CUDA graph; --onednn multiplies matrices."""
     function = update
     if args.compile:
         torch._dynamo.config.recompile_limit = 256  # graphs of one function: a process may train many networks
@@ -484,7 +484,7 @@ def accelerated(update, args: Args, device: torch.device):
         mode = "reduce-overhead" if device.type == "cuda" else "default"
         function = torch.compile(update, fullgraph=True, mode=mode)
 
-    @cache  # in the first update, when --resume has loaded the state
+    @cache  # made in the first update, when --resume has loaded the state
     def fast(optimizer: torch.optim.Optimizer) -> FastOptimizer | torch.optim.Optimizer:
         """The optimizer's fast form, or itself if it has none."""
         rare = ("amsgrad", "maximize", "momentum", "centered")
@@ -493,7 +493,7 @@ def accelerated(update, args: Args, device: torch.device):
         return FastOptimizer(optimizer) if takes else optimizer
 
     def update(*inputs):
-        """The same; on CUDA its results are copied: a graph writes its next ones where its last ones are."""
+        """The update made fast; a CUDA graph's results are copied, for it writes the next ones in the same place."""
         inputs = [fast(x) if isinstance(x, torch.optim.Optimizer) else x for x in inputs]
         if not args.compile:
             return function(*inputs)

@@ -965,7 +965,7 @@ MUTATIONS = [
         "fallback_random = False",
     ),
     Mutation("--compile keeps the first learning rate", "*", 'learning_rate.fill_(group["lr"])', "pass"),
-    Mutation("--compile begins a new optimizer in each update", "*", "    @cache  # in the", "    # in the"),
+    Mutation("--compile begins a new optimizer in each update", "*", "    @cache  # made in", "    # made in"),
     Mutation(
         "a fast form for optimizers that have none",
         "*",
@@ -979,7 +979,7 @@ MUTATIONS = [
         "if False else results",
     ),
     Mutation("--compile: Adam's squares are not corrected", "*", "root = (1 - decay2).sqrt()", "root = 1 + 0 * decay2"),
-    Mutation("--compile: Adam's eps grows with the correction", "*", ", eps * root\n", ", eps / root\n"),
+    Mutation("--compile: Adam's eps grows with the correction", "*", ", eps * root  #", ", eps / root  #"),
     Mutation(
         "--compile forgets a resumed optimizer", "*", " for name in names} | optimizer.state[p]", " for name in names}"
     ),
