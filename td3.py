@@ -460,22 +460,21 @@ class FastOptimizer:
                 p.grad = None
 
 
-def fast_adam(params, grads, means, squares, counts, *, lr, beta1, beta2, decoupled_weight_decay, **options) -> None:
+def fast_adam(params, grads, means, squares, counts, **options) -> None:
     """Adam's step (Kingma and Ba 2015): torch's fused function, or the formula, for that function cannot be traced."""
     if not torch.compiler.is_compiling():
-        options |= dict(lr=lr, beta1=beta1, beta2=beta2, decoupled_weight_decay=decoupled_weight_decay)
         return adam(params, grads, means, squares, [], counts, fused=True, amsgrad=False, maximize=False, **options)
-    weight_decay, eps = options["weight_decay"], options["eps"]
+    lr, beta1, beta2, eps, decay = (options[name] for name in ("lr", "beta1", "beta2", "eps", "weight_decay"))
     torch._foreach_add_(counts, 1)
     # beta ** count, for all parameters at once and by exp: else compiled code computes it anew for every few weights.
     decay1, decay2 = (torch.exp(torch.stack(counts) * math.log(max(beta, 1e-99))) for beta in (beta1, beta2))
     root = (1 - decay2).sqrt()
     step_size, eps = lr * root / (1 - decay1), eps * root  # both corrections taken out of the moments
     for i, (p, grad, mean, square) in enumerate(zip(params, grads, means, squares)):
-        if decoupled_weight_decay:
-            p.mul_(1 - lr * weight_decay)
-        elif weight_decay:
-            grad = grad + weight_decay * p
+        if options["decoupled_weight_decay"]:
+            p.mul_(1 - lr * decay)
+        elif decay:
+            grad = grad + decay * p
         mean.lerp_(grad, 1 - beta1)
         square.lerp_(grad.square(), 1 - beta2)
         p.sub_(step_size[i] * mean / (square.sqrt() + eps[i]))
@@ -504,10 +503,10 @@ def accelerated(update, args: Args, device: torch.device):
     @cache  # made in the first update, when --resume has loaded the state
     def fast(optimizer: torch.optim.Optimizer) -> FastOptimizer | torch.optim.Optimizer:
         """The optimizer's fast form, or itself if it has none."""
-        rare = ("amsgrad", "maximize", "momentum", "centered")
-        takes = isinstance(optimizer, (torch.optim.Adam, torch.optim.RMSprop))
-        takes = takes and not any(group.get(name) for group in optimizer.param_groups for name in rare)
-        return FastOptimizer(optimizer) if takes else optimizer
+        known = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop)
+        names = ("amsgrad", "maximize", "momentum", "centered")
+        rare = any(group.get(name) for group in optimizer.param_groups for name in names)
+        return FastOptimizer(optimizer) if known and not rare else optimizer
 
     def update(*inputs):
         """The update made fast; a CUDA graph's results are copied, for it writes the next ones in the same place."""

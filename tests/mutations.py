@@ -969,8 +969,8 @@ MUTATIONS = [
     Mutation(
         "a fast form for optimizers that have none",
         "*",
-        'rare = ("amsgrad", "maximize", "momentum", "centered")',
-        "rare = ()",
+        "if known and not rare else",
+        "if known else",
     ),
     Mutation(
         "the results of a CUDA graph are not copied",

@@ -897,6 +897,9 @@ def test_optimizers_without_a_fast_form_stay_as_they_are(module, kind, options):
     optimizer = getattr(torch.optim, kind)([p], lr=0.1, **options)
     function = module.accelerated(lambda optimizer: optimizer, module.Args(), CPU)
     assert function(optimizer) is optimizer
+    derived = type("Mine", (torch.optim.Adam,), {})([p])
+    assert function(derived) is derived, "its step may be another one"
+    assert isinstance(function(torch.optim.AdamW([p])), module.FastOptimizer)
 
 
 @pytest.mark.filterwarnings("ignore")
