@@ -174,6 +174,8 @@ def test_epsilon_is_the_share_of_random_actions_each_environment_its_own():
     assert (agent.act(obs, explore=False) == greedy).all(), "no epsilon in evaluation, unless it is asked for"
     agent.eval_epsilon = 0.3
     assert (agent.act(obs, explore=False) != greedy).mean() == pytest.approx(0.3 * 3 / 4, abs=0.006)
+    pairs = np.array([agent.act(obs[:2], explore=False) for _ in range(20_000)])  # mostly of one kind, or one of each
+    assert (pairs != greedy).mean() == pytest.approx(0.3 * 3 / 4, abs=0.012)
 
 
 def test_actions_that_start_elsewhere_reach_the_environment_as_it_numbers_them():
