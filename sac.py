@@ -112,14 +112,23 @@ class Args:
 # ----- networks -------------------------------------------------------------------------------------------------------
 
 
+class Module(nn.Module):
+    """nn.Module that finds the modules in it at once: its search for one takes a fourth as long as a small layer."""
+
+    def __setattr__(self, name: str, value) -> None:
+        super().__setattr__(name, value)
+        if name in self._modules:
+            self.__dict__[name] = value
+
+
 class Linear(nn.Linear):
-    """nn.Linear whose calls run no hooks: looking for them, and for weight and bias, takes as long as a small layer."""
+    """nn.Linear whose calls run no hooks: looking for them, and for weight and bias, takes as long as the rest."""
 
     def __call__(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, *self._parameters.values())
 
 
-class SquashedGaussianActor(nn.Module):
+class SquashedGaussianActor(Module):
     """pi(a|s): the tanh of independent Gaussians."""
 
     def __init__(self, obs_dim: int, hidden_sizes: tuple[int, int], action_dim: int):
@@ -134,7 +143,7 @@ class SquashedGaussianActor(nn.Module):
         return mean, -5 + 3.5 * (log_std.tanh() + 1)  # from (-1, 1) to (-5, 2)
 
 
-class Critic(nn.Module):
+class Critic(Module):
     """Q(s, a): the value of action a in state s."""
 
     def __init__(self, obs_dim: int, hidden_sizes: tuple[int, int], action_dim: int):
@@ -148,7 +157,7 @@ class Critic(nn.Module):
         return self.out(hidden).squeeze(-1)
 
 
-class Agent(nn.Module):
+class Agent(Module):
     """The networks pi and Q, the target networks and the temperature."""
 
     def __init__(self, envs: gym.vector.VectorEnv, args: Args, device: torch.device):
@@ -258,7 +267,7 @@ def free_memory(device: torch.device) -> float:
 
 def true_next_obs(next_obs: np.ndarray, done: np.ndarray, infos: dict) -> np.ndarray:
     """The observations (N, obs_dim) that the step led to: the last of an old episode, not the first of a new one."""
-    if done.any():
+    if "final_obs" in infos:
         next_obs = next_obs.copy()
         next_obs[done] = np.stack(infos["final_obs"][done])
     return next_obs
@@ -439,6 +448,7 @@ def check_flags(args: Args) -> torch.device:
     device = args.device if args.device != "auto" else next(name for name in there if there[name])
     require(there[device], f"--device {device}: torch finds none here")
     torch.set_num_threads(args.num_threads)
+    torch.set_flush_denormal(True)  # numbers below 1e-38, as Adam keeps for dead units, are slow: take 0 instead
     return torch.device(device)
 
 
@@ -572,27 +582,41 @@ def exchange(x) -> list:
     return everyone
 
 
-class Plain(gym.Wrapper):
-    """An environment without infos, whose keys and shapes may clash, and with its own copy of each observation."""
+class Environments(gym.vector.SyncVectorEnv):
+    """SyncVectorEnv in half its time. Infos tell only of episodes that ended: keys and shapes of others may clash."""
 
-    def reset(self, **options) -> tuple[np.ndarray, dict]:
-        """The first observation of an episode."""
-        return self.env.reset(**options)[0], {}
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        """The first observations (N, obs_dim) of new episodes, seeded with seed, seed + 1 and so on."""
+        self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, dtype=int)
+        obs = np.empty(self.observation_space.shape, self.observation_space.dtype)
+        for i, env in enumerate(self.envs):
+            obs[i], _ = env.reset(seed=None if seed is None else seed + i, options=options)
+        return obs, {}
 
-    def step(self, action) -> tuple[np.ndarray, float, bool, bool, dict]:
-        """Observation, reward, terminated, truncated."""
-        obs, reward, *rest, _ = self.env.step(action)
-        return np.array(obs), float(reward), *rest, {}  # a sum of float32 would lose digits
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
+        """As in SyncVectorEnv with SAME_STEP: where an episode ends, obs is the first of the next one."""
+        obs = np.empty(self.observation_space.shape, self.observation_space.dtype)
+        reward, infos = np.empty(self.num_envs), {}
+        terminated, truncated = np.empty((2, self.num_envs), dtype=bool)
+        for i, (env, action) in enumerate(zip(self.envs, actions)):
+            obs[i], reward[i], terminated[i], truncated[i], _ = env.step(action)
+            self.returns[i] += reward[i]
+            self.lengths[i] += 1
+            if terminated[i] or truncated[i]:
+                episode = {"r": self.returns[i], "l": self.lengths[i]}
+                infos = self._add_info(infos, {"final_obs": obs[i].copy(), "final_info": {"episode": episode}}, i)
+                self.returns[i] = self.lengths[i] = 0
+                obs[i], _ = env.reset()
+        return obs, reward, terminated, truncated, infos
 
 
-def make_envs(args: Args, num_envs: int, video: Path | None = None) -> gym.vector.SyncVectorEnv:
+def make_envs(args: Args, num_envs: int, video: Path | None = None) -> Environments:
     """Environments in lockstep, each reset in the step that ends its episode; `video` names a film of the first one."""
 
     def make_env(film: bool) -> gym.Env:
         env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if film else {}))
         space = env.observation_space
         require(isinstance(space, gym.spaces.Box), f"{args.env_id}: observations must be a Box, these are {space}")
-        env = gym.wrappers.RecordEpisodeStatistics(Plain(env))
         if film:
             with warnings.catch_warnings(action="ignore"):  # that the folder has films already
                 env = gym.wrappers.RecordVideo(env, video.parent, lambda episode: episode == 0, name_prefix=video.name)
@@ -605,7 +629,7 @@ def make_envs(args: Args, num_envs: int, video: Path | None = None) -> gym.vecto
 
             mujoco.set_mju_user_warning(lambda text: None if "settotalmass" in text else print(text, file=sys.stderr))
         fns = [partial(make_env, film=video is not None and index == 0) for index in range(num_envs)]
-        envs = gym.vector.SyncVectorEnv(fns, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+        envs = Environments(fns, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
         if args.capture_video and video is None:  # can it be filmed at all? better to know before the training
             about = f"--capture-video: {args.env_id} cannot be rendered to rgb_array here"
             with warnings.catch_warnings(action="ignore"), gym.make(args.env_id, render_mode="rgb_array") as env:
@@ -616,7 +640,7 @@ def make_envs(args: Args, num_envs: int, video: Path | None = None) -> gym.vecto
         fail(f"{about}: {error}")
 
 
-def reset(envs: gym.vector.SyncVectorEnv, *numbers: int, rank: int = 0) -> np.ndarray:
+def reset(envs: Environments, *numbers: int, rank: int = 0) -> np.ndarray:
     """Resets the environments and seeds every generator: a resumed run goes on as one that was never stopped."""
     seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])  # 32 bits, made of all the numbers
     random.seed(seed)
@@ -738,7 +762,7 @@ class Run:
         say(f"{self.folder}: {SCRIPT} on {args.env_id}, from step {start:,} to {end:,}")
         hidden = None if first() and sys.stderr else True  # None: where stderr is no terminal
         self.bar = tqdm(total=end, initial=start, unit=" steps", unit_scale=True, disable=hidden)
-        self.returns, self.lengths = [], []
+        self.returns, self.lengths, self.seen = [], [], {}
         self.row_step, self.row_time = self.step, time.perf_counter()
 
     def start_wandb(self):
@@ -831,8 +855,10 @@ class Run:
         self.step = step
         wanted = self.states if checkpoint else ["agent"] if finished else []
         states = {name: self.states[name].state_dict() for name in wanted}
-        on_cpu = {k: x for k, x in row.items() if not isinstance(x, Tensor) or x.is_cpu}  # on a GPU a look waits
-        self.check_finite(row if log or checkpoint else on_cpu, states)
+        # What has been seen is left out, and what a GPU computes: who looks at it waits for it.
+        new = {k: x for k, x in row.items() if x is not self.seen.get(k) and (not isinstance(x, Tensor) or x.is_cpu)}
+        self.check_finite(row if log or checkpoint else new, states)
+        self.seen = dict(row)
         if log or checkpoint:
             row = {name: float(x) for name, x in row.items()}
             returns, lengths = (sum(exchange(x), []) for x in (self.returns, self.lengths))

@@ -227,9 +227,9 @@ def tianshou(seeds: int = 3) -> list[Experiment]:
 # there and what takes its place. The row without a variant is in the suite mujoco.
 NO_BOOTSTRAP = (("next_value * ~rollout.terminated - value", "next_value * ~rollout.done - value"),)
 ORTHOGONAL = """\
-    for layer, layer_gain in zip(net[::2], (math.sqrt(2), math.sqrt(2), gain)):
-        nn.init.orthogonal_(layer.weight, layer_gain)
-        nn.init.zeros_(layer.bias)
+        for layer, layer_gain in ((self.fc1, math.sqrt(2)), (self.fc2, math.sqrt(2)), (self.out, gain)):
+            nn.init.orthogonal_(layer.weight, layer_gain)
+            nn.init.zeros_(layer.bias)
 """
 ADVANTAGES = """\
     advantage = gae(rollout, value, next_value, args.gamma, args.gae_lambda)

@@ -65,7 +65,7 @@ NUM_ENVS = (1, 4, 16, 64, 256, 1024)
 TURNS = 10  # in the steps of CASES
 # part of a step: what it consists of, in any of the scripts
 PARTS = {
-    "environment": ("gym.vector.SyncVectorEnv.step",),
+    "environment": ("Environments.step",),
     "acting": ("Agent.act", "Agent.random_action", "Agent.to_env"),
     "memory": ("true_next_obs", "stack", "gather", "ReplayBuffer.add", "ReplayBuffer.sample"),
     "gradients": ("a2c_loss", "ppo_loss", "critic_loss", "actor_loss", "Tensor.backward"),

@@ -55,7 +55,7 @@ CONTINUOUS = "ddpg.py td3.py sac.py"
 
 MUTATIONS = [
     # ----- networks of the policy-gradient scripts
-    Mutation("hidden layers begin with gain 1", "*", "(math.sqrt(2), math.sqrt(2), gain)", "(1.0, 1.0, gain)"),
+    Mutation("the second hidden layer begins with gain 1", "*", "(self.fc2, math.sqrt(2))", "(self.fc2, 1.0)"),
     Mutation("logits begin with gain 1", "*", "int(space.n), gain=0.01)", "int(space.n), gain=1.0)"),
     Mutation("means begin with gain 1", "*", "math.prod(space.shape), gain=0.01)", "math.prod(space.shape), gain=1.0)"),
     Mutation("critic begins with gain 0.01", "*", "sizes, 1, gain=1.0)", "sizes, 1, gain=0.01)"),
@@ -81,8 +81,8 @@ MUTATIONS = [
     Mutation(
         "ReLU for tanh",
         "*",
-        "Linear(inputs, h1), nn.Tanh(), Linear(h1, h2), nn.Tanh()",
-        "Linear(inputs, h1), nn.ReLU(), Linear(h1, h2), nn.ReLU()",
+        "self.fc2(self.fc1(obs).tanh_()).tanh_()",
+        "self.fc2(self.fc1(obs).relu_()).relu_()",
     ),
     Mutation("biases begin as torch has them", "*", "        nn.init.zeros_(layer.bias)\n", ""),
     Mutation(
@@ -816,9 +816,47 @@ MUTATIONS = [
         "seed = sum(numbers)",
     ),
     Mutation("the first weights have no seed", "*", "    torch.manual_seed(args.seed)\n", ""),
+    Mutation("no new episode at a truncation", "*", "if terminated[i] or truncated[i]:", "if terminated[i]:"),
     Mutation(
-        "autoreset in the step after", "*", "gym.vector.AutoresetMode.SAME_STEP", "gym.vector.AutoresetMode.NEXT_STEP"
+        "an episode goes on after its end",
+        "*",
+        "                obs[i], _ = env.reset()\n        return obs, reward",
+        "        return obs, reward",
     ),
+    Mutation(
+        "the last observation is the first of the next episode",
+        "*",
+        '"final_obs": obs[i].copy()',
+        '"final_obs": obs[i]',
+    ),
+    Mutation(
+        "the return of an episode has those before in it",
+        "*",
+        "self.returns[i] = self.lengths[i] = 0",
+        "self.lengths[i] = 0",
+    ),
+    Mutation(
+        "a reset forgets no return",
+        "*",
+        "        self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, dtype=int)\n",
+        "        new = np.zeros(self.num_envs), np.zeros(self.num_envs, dtype=int)\n"
+        "        self.returns, self.lengths = getattr(self, 'returns', new[0]), getattr(self, 'lengths', new[1])\n",
+    ),
+    Mutation(
+        "rewards are rounded to float32",
+        "*",
+        "reward, infos = np.empty(self.num_envs), {}",
+        "reward, infos = np.empty(self.num_envs, np.float32), {}",
+    ),
+    Mutation("all environments have one seed", "*", "None if seed is None else seed + i", "seed"),
+    Mutation("tiny numbers stay", "*", "    torch.set_flush_denormal(True)", "    torch.set_flush_denormal(False)"),
+    Mutation(
+        "a module that was replaced is still found",
+        "*",
+        "        if name in self._modules:\n",
+        "        if name in self._modules and name not in self.__dict__:\n",
+    ),
+    Mutation("a loss is looked at once", "*", "if x is not self.seen.get(k) and", "if k not in self.seen and"),
     Mutation("evaluation explores", "*", "agent.act(obs, explore=False)", "agent.act(obs, explore=True)"),
     Mutation(
         "evaluation on the seed of the training",
@@ -953,8 +991,8 @@ MUTATIONS = [
     Mutation("no search for NaN in the losses", "*", "if not math.isfinite(x)]", "if False]"),
     Mutation("infinite returns pass", "*", "        self.check_finite(row, states={})  # returns", "        # returns"),
     Mutation("infinite losses pass", "*", "if not math.isfinite(x)]", "if math.isnan(x)]"),
-    Mutation("no search for NaN in what a checkpoint holds", "*", "else on_cpu, states)\n", "else on_cpu, {})\n"),
-    Mutation("each step waits for the losses of the GPU", "*", "row if log or checkpoint else on_cpu", "row"),
+    Mutation("no search for NaN in what a checkpoint holds", "*", "else new, states)\n", "else new, {})\n"),
+    Mutation("each step waits for the losses of the GPU", "*", "row if log or checkpoint else new", "row"),
     Mutation(
         "--compile compiles nothing", "*", "    if args.compile:\n", "    if args.compile and dist.is_initialized():\n"
     ),
@@ -1013,8 +1051,6 @@ MUTATIONS = [
         "            if len(returns) > 1:\n",
     ),
     # ----- what environments and evaluations may do
-    Mutation("the last observation is overwritten", "*", "return np.array(obs), float", "return obs, float"),
-    Mutation("rewards are summed in their own type", "*", ", float(reward), *rest", ", reward, *rest"),
     Mutation(
         "a signal waits for the last evaluation", "*", "            raise SystemExit(128 + number)", "            pass"
     ),

@@ -280,14 +280,15 @@ def test_reinforce_gradient_in_closed_form():
 def test_hidden_sizes_are_those_of_every_network(module, space):
     agent = module.Agent(spaces(space, obs_dim=3), module.Args(hidden_sizes=(5, 7)), torch.device("cpu"))
     for net, outputs in ((agent.policy.net, 2), (agent.critic, 1)):
-        assert [(layer.in_features, layer.out_features) for layer in net[::2]] == [(3, 5), (5, 7), (7, outputs)]
+        layers = net.fc1, net.fc2, net.out
+        assert [(layer.in_features, layer.out_features) for layer in layers] == [(3, 5), (5, 7), (7, outputs)]
 
 
 @everywhere
 def test_categorical_is_torch_distributions(module):
     torch.manual_seed(0)
     policy = module.CategoricalPolicy(3, (64, 64), gym.spaces.Discrete(5))
-    torch.nn.init.normal_(policy.net[-1].weight)
+    torch.nn.init.normal_(policy.net.out.weight)
     obs, action = torch.randn(50, 3), torch.randint(5, (50,))
     log_prob, entropy = policy.log_prob(obs, action)
     expected = torch.distributions.Categorical(logits=policy.net(obs))
@@ -316,7 +317,7 @@ def test_samples_have_the_distribution(module):
     n = 200_000
     obs = torch.randn(1, 3)
     categorical = module.CategoricalPolicy(3, (64, 64), gym.spaces.Discrete(4))
-    torch.nn.init.normal_(categorical.net[-1].weight)
+    torch.nn.init.normal_(categorical.net.out.weight)
     probs = categorical.net(obs).softmax(-1)[0]
     frequency = categorical(obs.expand(n, 3), explore=True).bincount(minlength=4) / n
     assert ((frequency - probs).abs() < 5 * (probs * (1 - probs) / n).sqrt()).all()
@@ -366,7 +367,7 @@ def test_networks_begin_orthogonal(module):
     args = module.Args(init_log_std=-0.7)
     agent = module.Agent(spaces(gym.spaces.Box(-1, 1, (2,)), obs_dim=5), args, torch.device("cpu"))
     for net, gain in ((agent.policy.net, 0.01), (agent.critic, 1.0)):
-        for layer, layer_gain in ((net[0], 2**0.5), (net[2], 2**0.5), (net[4], gain)):
+        for layer, layer_gain in ((net.fc1, 2**0.5), (net.fc2, 2**0.5), (net.out, gain)):
             rows, columns = layer.weight.shape
             gram = layer.weight @ layer.weight.T if rows <= columns else layer.weight.T @ layer.weight
             torch.testing.assert_close(gram, layer_gain**2 * torch.eye(min(rows, columns)), atol=1e-4, rtol=0)
@@ -675,6 +676,6 @@ def test_layers_begin_orthogonal_the_last_of_the_policy_small(module, space):
     """All singular values of a layer are its gain: sqrt(2), but 0.01 for the last of the policy, 1 for that of V."""
     agent = module.Agent(spaces(space), module.Args(), torch.device("cpu"))
     for net, last in ((agent.policy.net, 0.01), (agent.critic, 1.0)):
-        for layer, gain in zip(net[::2], (2**0.5, 2**0.5, last), strict=True):
+        for layer, gain in ((net.fc1, 2**0.5), (net.fc2, 2**0.5), (net.out, last)):
             torch.testing.assert_close(torch.linalg.svdvals(layer.weight), torch.full((min(layer.weight.shape),), gain))
             assert not layer.bias.any()

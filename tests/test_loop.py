@@ -1,6 +1,7 @@
 """What the training loop hands to the update: every transition, none across a reset, by the policy that acted."""
 
 import contextlib
+import copy
 import json
 import os
 import random
@@ -21,6 +22,7 @@ import ppo
 import reinforce
 import sac
 import td3
+from tests.envs import Ledger
 
 
 def each(*modules):
@@ -367,12 +369,68 @@ def test_a_batch_that_is_cut_is_completed_by_v_as_after_a_time_limit(monkeypatch
 
 @everywhere
 @pytest.mark.parametrize("kind", (float, int, np.float16, np.float32, torch.tensor))
-def test_rewards_are_numbers_of_python(module, kind):
-    """Or their sum, the return of an episode, would be rounded as they are, and a tensor is nothing for JSON."""
-    env = module.Plain(gym.wrappers.TransformReward(Clock(), kind))
-    env.reset()
-    _, reward, *_ = env.step(0)
-    assert type(reward) is float and reward == 1
+def test_rewards_are_doubles_and_so_are_their_sums(module, kind):
+    """Or the return of an episode would be rounded as they are, and a tensor is nothing for JSON."""
+    envs = module.Environments([lambda: gym.wrappers.TransformReward(Clock(), kind)])
+    envs.reset()
+    envs.returns[0] = 2**24
+    _, reward, terminated, _, infos = envs.step([0])
+    for x, expected in ((reward, 1), (envs.returns, 2**24 + 1)):
+        assert x.dtype == np.float64 and x.tolist() == [expected]
+
+
+@everywhere
+@pytest.mark.parametrize("num_envs", (1, 3))
+def test_environments_are_those_of_gymnasium(module, num_envs):
+    """Numbers, types and infos, with both kinds of end, beginning anew in the middle of episodes and at their end."""
+    same_step = dict(autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    make = [lambda: gym.wrappers.RecordEpisodeStatistics(Ledger())] * num_envs
+    theirs, ours = gym.vector.SyncVectorEnv(make, **same_step), module.Environments([Ledger] * num_envs, **same_step)
+    ended, action = np.zeros(2, dtype=int), np.ones(num_envs, dtype=np.int64)
+    for seed in (0, 5):
+        np.testing.assert_array_equal(ours.reset(seed=seed)[0], theirs.reset(seed=seed)[0], strict=True)
+        for _ in range(150):
+            *results, infos = ours.step(action)
+            *expected, expected_infos = theirs.step(action)
+            for x, y in zip(results, expected, strict=True):
+                np.testing.assert_array_equal(x, y, strict=True)
+            done = results[2] | results[3]
+            assert bool(infos) == done.any()
+            if infos:
+                ended += results[2].sum(), results[3].sum()
+                for x, y in zip(infos["final_obs"], expected_infos["final_obs"], strict=True):
+                    np.testing.assert_array_equal(x, y)
+                assert infos["final_info"]["_episode"].tolist() == done.tolist()
+                episode, expected = infos["final_info"]["episode"], expected_infos["final_info"]["episode"]
+                for name in ("r", "l", "_r", "_l"):
+                    np.testing.assert_array_equal(episode[name], expected[name])
+    assert (ended > 5).all()
+
+
+@everywhere
+def test_modules_are_found_where_torch_has_them(module):
+    """In copies as well, also when another one, or none, has taken a place."""
+    args = module.Args(env_id=clock(module))
+    agent = module.Agent(module.make_envs(args, 1), args, torch.device("cpu"))
+    network = agent.critics if hasattr(agent, "critics") else agent.critic
+    copied = copy.deepcopy(agent)
+    copied.register_module("extra", torch.nn.Linear(1, 1))
+    agent.extra, agent.other = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    agent.extra, agent.other = torch.nn.Linear(2, 2), None
+    pairs = [(part, name) for whole in (agent, copied) for part in whole.modules() for name in part._modules]
+    assert len(pairs) > 10 and all(getattr(part, name) is part._modules[name] for part, name in pairs)
+    theirs = copied.critics if hasattr(agent, "critics") else copied.critic
+    assert not {*map(id, network.modules())} & {*map(id, theirs.modules())}
+
+
+@everywhere
+def test_numbers_too_small_to_be_fast_are_zero(module):
+    """Adam's means of units that are dead never get to zero otherwise, and make each step take longer."""
+    torch.set_flush_denormal(False)
+    small = torch.tensor([1e-38])
+    assert (small / 10).item() > 0
+    module.check_flags(module.Args())
+    assert (small / 10).item() == 0
 
 
 @everywhere
@@ -454,7 +512,7 @@ def test_evaluation_acts_without_exploration_on_other_seeds(module, monkeypatch)
     envs = module.make_envs(args, 2)
     agent = module.Agent(envs, args, torch.device("cpu"))
     explored, seeds = set(), []
-    act, reset = agent.act, gym.vector.SyncVectorEnv.reset
+    act, reset = agent.act, module.Environments.reset
 
     def spy_act(obs, explore):
         explored.add(explore)
@@ -465,7 +523,7 @@ def test_evaluation_acts_without_exploration_on_other_seeds(module, monkeypatch)
         return reset(self, seed=seed, options=options)
 
     agent.act = spy_act
-    monkeypatch.setattr(gym.vector.SyncVectorEnv, "reset", spy_reset)
+    monkeypatch.setattr(module.Environments, "reset", spy_reset)
     module.reset(envs, args.seed, 0)
     module.evaluate(agent, args)
     assert explored == {False} and len(set(seeds)) == 2 and abs(seeds[0] - seeds[1]) > 1000
