@@ -59,20 +59,14 @@ BATCH_SIZE = 32  # transitions of a replay buffer
 NUM_STEPS, NUM_ENVS = 8, 4  # of a rollout
 DISCRETE, BOX = "Acrobot-v1", "tests.envs:BoxTiny-v0"  # three actions; two dimensions, and observations to be flattened
 
+
 # The names of our layers in SB3. The last layer of the actor in sac.py is two in SB3, one below the other.
-POLICY = {
-    "policy.net.4": ["action_net"],
-    "policy.net": ["mlp_extractor.policy_net"],
-    "policy.log_std": ["log_std"],
-    "critic.4": ["value_net"],
-    "critic": ["mlp_extractor.value_net"],
-}
-
-
 def three_layers(ours, theirs, last="out"):
     return {f"{ours}.{layer}": [f"{theirs}.{index}"] for layer, index in (("fc1", 0), ("fc2", 2), (last, 4))}
 
 
+POLICY = three_layers("policy.net", "mlp_extractor.policy_net") | three_layers("critic", "mlp_extractor.value_net")
+POLICY |= {"policy.net.out": ["action_net"], "critic.out": ["value_net"], "policy.log_std": ["log_std"]}
 Q_NETWORK = three_layers("critic", "q_net.q_net", "advantage")
 Q_NETWORK |= three_layers("target_critic", "q_net_target.q_net", "advantage")
 ONE_CRITIC = three_layers("critic", "critic.qf0") | three_layers("target_critic", "critic_target.qf0")
