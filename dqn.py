@@ -63,8 +63,6 @@ import torch.distributed as dist
 import torch.nn as nn
 import tyro
 from torch import Tensor
-from torch.optim.adam import adam
-from torch.optim.rmsprop import rmsprop
 from tqdm import tqdm
 
 
@@ -415,34 +413,42 @@ class FastOptimizer:
     """The steps of a torch.optim.Adam, AdamW or RMSprop on its state: with less Python, and --compile traces them."""
 
     def __init__(self, optimizer: torch.optim.Optimizer):
-        self.optimizer, self.groups, is_adam = optimizer, [], isinstance(optimizer, torch.optim.Adam)
+        self.param_groups, self.groups, is_adam = optimizer.param_groups, [], isinstance(optimizer, torch.optim.Adam)
         self.function, names = (fast_adam, ("exp_avg", "exp_avg_sq")) if is_adam else (fast_rmsprop, ("square_avg",))
         own = ("decoupled_weight_decay",) if is_adam else ("alpha",)
         for group in optimizer.param_groups:
             options = {name: group[name] for name in ("eps", "weight_decay", *own)}
             if is_adam:
                 options["beta1"], options["beta2"] = group["betas"]
-            params, learning_rate = group["params"], group["params"][0].new_zeros(())
-            for p in params:
-                state = {"step": p.new_zeros(())} | {name: torch.zeros_like(p) for name in names} | optimizer.state[p]
+            params = group["params"]
+            learning_rate, counts = params[0].new_zeros(()), torch.zeros(len(params), device=params[0].device)
+            for p, count in zip(params, counts):  # a count of steps for each, but one operation for all
+                state = {"step": count} | {name: torch.zeros_like(p) for name in names} | optimizer.state[p]
                 optimizer.state[p] = {name: x.to(p.device) for name, x in state.items()}
-            columns = [[optimizer.state[p][name] for p in params] for name in (*names, "step")]
-            for x in sum(columns, [learning_rate]):
+                optimizer.state[p]["step"] = count.copy_(state["step"])
+            columns = [[optimizer.state[p][name] for p in params] for name in names]
+            for x in sum(columns, [learning_rate, counts]):
                 torch._dynamo.mark_static_address(x, guard=False)  # a CUDA graph uses it in place
-            self.groups.append((group, params, columns, learning_rate, options))
+            self.groups.append((group, params, columns, learning_rate, counts, counts.unbind(), options))
 
     def up_to_date(self) -> "FastOptimizer":
         """Itself, with the learning rates as they are now: in tensors, for a new number would be compiled anew."""
-        for group, _, _, learning_rate, _ in self.groups:
+        for group, _, _, learning_rate, *_ in self.groups:
             learning_rate.fill_(group["lr"])
         return self
 
     @torch.no_grad()
     def step(self) -> None:
         """Takes a step with each parameter that has a gradient."""
-        for group, params, columns, learning_rate, options in self.groups:
-            lr = learning_rate if torch.compiler.is_compiling() else group["lr"]
-            rows = [row for row in zip(params, [p.grad for p in params], *columns) if row[1] is not None]
+        for group, params, columns, learning_rate, counts, steps, options in self.groups:
+            grads = [p.grad for p in params]
+            if torch.compiler.is_compiling():  # there a number is a constant, and views must be made inside
+                lr, steps = learning_rate, counts.unbind()
+            else:
+                lr = group["lr"]
+            there = [grad is not None for grad in grads]
+            counts += 1 if all(there) else counts.new_tensor(there)
+            rows = [row for row in zip(params, grads, *columns, steps) if row[1] is not None]
             if rows:
                 self.function(*map(list, zip(*rows)), lr=lr, **options)
 
@@ -453,18 +459,19 @@ class FastOptimizer:
                 p.grad = None
 
 
-def fast_adam(params, grads, means, squares, counts, **options) -> None:
+def fast_adam(params, grads, means, squares, steps, **options) -> None:
     """Adam's step (Kingma and Ba 2015): torch's fused function, or the formula, for that function cannot be traced."""
-    if not torch.compiler.is_compiling():
-        return adam(params, grads, means, squares, [], counts, fused=True, amsgrad=False, maximize=False, **options)
     lr, beta1, beta2, eps, decay = (options[name] for name in ("lr", "beta1", "beta2", "eps", "weight_decay"))
-    torch._foreach_add_(counts, 1)
-    # beta ** count, for all parameters at once and by exp: else compiled code computes it anew for every few weights.
-    decay1, decay2 = (torch.exp(torch.stack(counts) * math.log(max(beta, 1e-99))) for beta in (beta1, beta2))
+    decoupled = options.pop("decoupled_weight_decay")
+    if not torch.compiler.is_compiling():
+        fused = torch._fused_adamw_ if decoupled else torch._fused_adam_
+        return fused(params, grads, means, squares, [], steps, amsgrad=False, maximize=False, **options)
+    # beta ** step, for all parameters at once and by exp: else compiled code computes it anew for every few weights.
+    decay1, decay2 = (torch.exp(torch.stack(steps) * math.log(max(beta, 1e-99))) for beta in (beta1, beta2))
     root = (1 - decay2).sqrt()
     step_size, eps = lr * root / (1 - decay1), eps * root  # both corrections taken out of the moments
     for i, (p, grad, mean, square) in enumerate(zip(params, grads, means, squares)):
-        if options["decoupled_weight_decay"]:
+        if decoupled:
             p.mul_(1 - lr * decay)
         elif decay:
             grad = grad + decay * p
@@ -473,10 +480,15 @@ def fast_adam(params, grads, means, squares, counts, **options) -> None:
         p.sub_(step_size[i] * mean / (square.sqrt() + eps[i]))
 
 
-def fast_rmsprop(params, grads, squares, counts, **options) -> None:
-    """RMSprop's step (Hinton's lecture 6e of 2012), by torch's own function."""
-    options |= dict(momentum=0, centered=False, foreach=not torch.compiler.is_compiling())
-    rmsprop(params, grads, squares, [], [], counts, **options)
+def fast_rmsprop(params, grads, squares, steps, lr, alpha, eps, weight_decay) -> None:
+    """RMSprop's step (Hinton's lecture 6e of 2012)."""
+    if weight_decay:
+        grads = torch._foreach_add(grads, params, alpha=weight_decay)
+    torch._foreach_mul_(squares, alpha)
+    torch._foreach_addcmul_(squares, grads, grads, 1 - alpha)
+    root = torch._foreach_sqrt(squares)
+    torch._foreach_add_(root, eps)
+    torch._foreach_addcdiv_(params, torch._foreach_mul(grads, -lr), root)
 
 
 def accelerated(update, args: Args, device: torch.device):

@@ -311,7 +311,7 @@ def test_the_learning_rate_of_dqn_falls_linearly_by_steps(anneal_lr, monkeypatch
     rates, update = [], dqn.dqn_update
 
     def spy(agent, optimizer, *rest):
-        rates.append(optimizer.optimizer.param_groups[0]["lr"])
+        rates.append(optimizer.param_groups[0]["lr"])
         return update(agent, optimizer, *rest)
 
     monkeypatch.setattr(dqn, "dqn_update", spy)
