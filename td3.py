@@ -108,7 +108,7 @@ class Args:
 
 
 class Module(nn.Module):
-    """nn.Module that finds the modules in it at once: its search for one takes a fourth as long as a small layer."""
+    """nn.Module whose submodules are plain attributes too: to look one up takes a fourth as long as a small layer."""
 
     def __setattr__(self, name: str, value) -> None:
         super().__setattr__(name, value)
@@ -439,7 +439,7 @@ class FastOptimizer:
                 options["beta1"], options["beta2"] = group["betas"]
             params = group["params"]
             learning_rate, counts = params[0].new_zeros(()), torch.zeros(len(params), device=params[0].device)
-            for p, count in zip(params, counts):  # a count of steps for each, but one operation for all
+            for p, count in zip(params, counts):  # each has its own count of steps, in one tensor: one operation counts
                 state = {"step": count} | {name: torch.zeros_like(p) for name in names} | optimizer.state[p]
                 optimizer.state[p] = {name: x.to(p.device) for name, x in state.items()}
                 optimizer.state[p]["step"] = count.copy_(state["step"])
@@ -449,7 +449,7 @@ class FastOptimizer:
             self.groups.append((group, params, columns, learning_rate, counts, counts.unbind(), options))
 
     def up_to_date(self) -> "FastOptimizer":
-        """Itself, with the learning rates as they are now: in tensors, for a new number would be compiled anew."""
+        """Itself, with the learning rates as they are now: in tensors, for a new number of Python would be compiled anew."""
         for group, _, _, learning_rate, *_ in self.groups:
             learning_rate.fill_(group["lr"])
         return self
@@ -586,7 +586,7 @@ class Environments(gym.vector.SyncVectorEnv):
         obs = np.empty(self.observation_space.shape, self.observation_space.dtype)
         reward, infos = np.empty(self.num_envs), {}
         terminated, truncated = np.empty((2, self.num_envs), dtype=bool)
-        for i, (env, action) in enumerate(zip(self.envs, actions)):
+        for i, (env, action) in enumerate(zip(self.envs, actions, strict=True)):
             obs[i], reward[i], terminated[i], truncated[i], _ = env.step(action)
             self.returns[i] += reward[i]
             self.lengths[i] += 1
@@ -843,7 +843,7 @@ class Run:
         self.step = step
         wanted = self.states if checkpoint else ["agent"] if finished else []
         states = {name: self.states[name].state_dict() for name in wanted}
-        # What has been seen is left out, and what a GPU computes: who looks at it waits for it.
+        # What has been looked at is left out, and what a GPU computes: to read it is to wait for it.
         new = {k: x for k, x in row.items() if x is not self.seen.get(k) and (not isinstance(x, Tensor) or x.is_cpu)}
         self.check_finite(row if log or checkpoint else new, states)
         self.seen = dict(row)

@@ -24,7 +24,7 @@ TINY = ("--total-timesteps", "1500", "--num-envs", "2", "--log-every", "500", "-
 
 
 def pytest_runtest_setup(item):
-    """Undoes what the last training in this process has set: Hypothesis refuses to go on without the smallest numbers."""
+    """Undoes what the last training in this process has set: without the smallest numbers Hypothesis refuses to run."""
     import torch
 
     torch.set_flush_denormal(False)

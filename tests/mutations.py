@@ -849,6 +849,20 @@ MUTATIONS = [
         "reward, infos = np.empty(self.num_envs, np.float32), {}",
     ),
     Mutation("all environments have one seed", "*", "None if seed is None else seed + i", "seed"),
+    Mutation(
+        "steps are counted where there is no gradient",
+        "*",
+        "counts += 1 if all(there) else counts.new_tensor(there)",
+        "counts += 1",
+    ),
+    Mutation("a resumed optimizer counts from 0", "*", 'count.copy_(state["step"])', "count"),
+    Mutation("RMSprop: eps in the square", "*", "torch._foreach_add_(root, eps)", "torch._foreach_add_(squares, eps)"),
+    Mutation(
+        "AdamW decays like Adam",
+        "*",
+        "fused = torch._fused_adamw_ if decoupled else torch._fused_adam_",
+        "fused = torch._fused_adam_",
+    ),
     Mutation("tiny numbers stay", "*", "    torch.set_flush_denormal(True)", "    torch.set_flush_denormal(False)"),
     Mutation(
         "a module that was replaced is still found",
