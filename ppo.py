@@ -583,7 +583,7 @@ class FastOptimizer:
             self.groups.append((group, params, columns, learning_rate, counts, counts.unbind(), options))
 
     def up_to_date(self) -> "FastOptimizer":
-        """Itself, with the learning rates as they are now: in tensors, for a new number of Python would be compiled anew."""
+        """Itself, with the learning rates as they are now: in tensors, for a new number would be compiled anew."""
         for group, _, _, learning_rate, *_ in self.groups:
             learning_rate.fill_(group["lr"])
         return self
