@@ -434,6 +434,16 @@ def test_numbers_too_small_to_be_fast_are_zero(module):
 
 
 @everywhere
+def test_every_new_loss_is_looked_at(module, quiet, capsys):
+    """In the step that it comes from, not only where a row is due."""
+    losses = [torch.tensor(x) for x in (1.0, 2.0, np.nan)]
+    with pytest.raises(SystemExit), module.Run(module.Args(**quiet), {"step": 0, "states": {}}) as run:
+        for step in range(1, 10):
+            run.advance(step, {"losses/loss": losses[step // 3]})
+    assert run.step == 6 and "losses/loss is not finite at step 6" in capsys.readouterr().err
+
+
+@everywhere
 def test_evaluation_forks_the_generator_of_the_device(module, monkeypatch):
     """So that it stays as it was. A GPU is not needed to see that it is asked for."""
     forked, fork = [], torch.random.fork_rng
