@@ -428,7 +428,7 @@ class FastOptimizer:
             if is_adam:
                 options["beta1"], options["beta2"] = group["betas"]
             params = group["params"]
-            learning_rate, counts = params[0].new_zeros(()), torch.zeros(len(params), device=params[0].device)
+            learning_rate, counts = params[0].new_zeros(()), params[0].new_zeros(len(params))
             for p, count in zip(params, counts):  # each has its own count of steps, in one tensor: one operation counts
                 state = {"step": count} | {name: torch.zeros_like(p) for name in names} | optimizer.state[p]
                 optimizer.state[p] = {name: x.to(p.device) for name, x in state.items()}

@@ -791,7 +791,7 @@ def test_compiled_updates_agree_with_the_eager_ones(module):
 def test_a_fast_optimizer_takes_the_steps_of_that_of_torch(module, compiling, kind, monkeypatch):
     """With two groups, a rate that changes, gradients that lack at times or always; from and to a state in between."""
     torch.manual_seed(0)
-    options = dict(alpha=0.9) if kind == "RMSprop" else dict(betas=(0.8, 0.95))
+    options = dict(alpha=0.9) if kind == "RMSprop" else dict(betas=(0.8, 0.999))
     networks = [torch.nn.ParameterList([torch.randn(2, 3), torch.randn(3), torch.randn(1), torch.randn(2)]).double()]
     networks.append(copy.deepcopy(networks[0]))
     made = []
