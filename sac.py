@@ -522,7 +522,7 @@ def fast_adam(params, grads, means, squares, steps, **options) -> None:
 
 
 def fast_rmsprop(params, grads, squares, steps, lr, alpha, eps, weight_decay) -> None:
-    """RMSprop's step (Hinton's lecture 6e of 2012)."""
+    """RMSprop's step (Hinton's lecture 6e of 2012), the same whatever the number of `steps`."""
     if weight_decay:
         grads = torch._foreach_add(grads, params, alpha=weight_decay)
     torch._foreach_mul_(squares, alpha)
