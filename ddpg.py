@@ -32,8 +32,7 @@ batch normalisation, weight decay). Silver et al. 2014, "Deterministic policy gr
     python ddpg.py --env-id HalfCheetah-v5 --total-timesteps 100000 --learning-starts 5000
     python ddpg.py --resume runs/FOLDER --capture-video            # film a finished run
 
-The diff from dqn.py: an actor in place of the maximum (so nothing is left of --double), noise in place of epsilon,
-squared errors, targets that follow in each update, a constant learning rate.
+The diff from dqn.py: an actor in place of the maximum (and of --double), noise for epsilon, squares, slow targets.
 """
 
 import copy
@@ -116,7 +115,10 @@ class Linear(nn.Linear):
     """nn.Linear whose calls run no hooks: looking for them, and for weight and bias, takes as long as the rest."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, *self._parameters.values())
+        weight, bias = self._parameters.values()
+        if torch.compiler.is_compiling():  # one kernel for bias and ReLU; a plus would be put back into the product
+            return x @ weight.T - -bias
+        return nn.functional.linear(x, weight, bias)
 
 
 class DeterministicActor(Module):
@@ -304,7 +306,7 @@ def ddpg_update(
     critic_optimizer.zero_grad()
 
     loss, actor_log = actor_loss(agent, args, batch)
-    loss.backward(inputs=list(agent.actor.parameters()))
+    loss.backward(inputs=[p for group in actor_optimizer.param_groups for p in group["params"]])
     actor_optimizer.step()
     actor_optimizer.zero_grad()
 
@@ -323,7 +325,7 @@ def updates_by(step: int, args: Args) -> int:
 
 
 def train(args: Args) -> Path:
-    """Trains an agent with DDPG (Algorithm 1 of the paper); returns the run's folder."""
+    """Trains an agent (Algorithm 1 of the paper); returns the run's folder."""
     args, saved = load_run(args)
     device = check_flags(args)
     require(not dist.is_torchelastic_launched(), "torchrun is for reinforce.py, a2c.py and ppo.py")
@@ -363,7 +365,7 @@ def train(args: Args) -> Path:
             before, step = step, step + args.num_envs
 
             # Learn from what is remembered.
-            for _ in range(updates_by(before, args), updates_by(step, args)):
+            for count in range(updates_by(before, args), updates_by(step, args)):
                 batch = buffer.sample(args.batch_size)
                 row |= update(agent, critic_optimizer, actor_optimizer, batch, args)
             if run.advance(step, row):  # a checkpoint

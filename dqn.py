@@ -124,7 +124,10 @@ class Linear(nn.Linear):
     """nn.Linear whose calls run no hooks: looking for them, and for weight and bias, takes as long as the rest."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, *self._parameters.values())
+        weight, bias = self._parameters.values()
+        if torch.compiler.is_compiling():  # one kernel for bias and ReLU; a plus would be put back into the product
+            return x @ weight.T - -bias
+        return nn.functional.linear(x, weight, bias)
 
 
 class QNetwork(Module):
@@ -308,7 +311,7 @@ def updates_by(step: int, args: Args) -> int:
 
 
 def train(args: Args) -> Path:
-    """Trains an agent with DQN (Algorithm 1 of the paper); returns the run's folder."""
+    """Trains an agent (Algorithm 1 of the paper); returns the run's folder."""
     args, saved = load_run(args)
     device = check_flags(args)
     require(not dist.is_torchelastic_launched(), "torchrun is for reinforce.py, a2c.py and ppo.py")
@@ -354,7 +357,7 @@ def train(args: Args) -> Path:
 
             # Learn from what is remembered.
             for now in range(before + 1, step + 1):  # step by step: the target network has a clock of its own
-                for _ in range(updates_by(now - 1, args), updates_by(now, args)):
+                for count in range(updates_by(now - 1, args), updates_by(now, args)):
                     batch = buffer.sample(args.batch_size)
                     row |= update(agent, critic_optimizer, batch, args)
                 if now % args.target_network_frequency == 0:

@@ -120,7 +120,10 @@ class Linear(nn.Linear):
     """nn.Linear whose calls run no hooks: looking for them, and for weight and bias, takes as long as the rest."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, *self._parameters.values())
+        weight, bias = self._parameters.values()
+        if torch.compiler.is_compiling():  # one kernel for bias and ReLU; a plus would be put back into the product
+            return x @ weight.T - -bias
+        return nn.functional.linear(x, weight, bias)
 
 
 class MLP(Module):

@@ -123,7 +123,10 @@ class Linear(nn.Linear):
     """nn.Linear whose calls run no hooks: looking for them, and for weight and bias, takes as long as the rest."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, *self._parameters.values())
+        weight, bias = self._parameters.values()
+        if torch.compiler.is_compiling():  # one kernel for bias and ReLU; a plus would be put back into the product
+            return x @ weight.T - -bias
+        return nn.functional.linear(x, weight, bias)
 
 
 class SquashedGaussianActor(Module):
@@ -138,21 +141,27 @@ class SquashedGaussianActor(Module):
         """Mean and log standard deviation (B, action_dim) of the Gaussians, the latter from -5 to 2."""
         hidden = self.fc2(self.fc1(obs).relu_()).relu_()
         mean, log_std = self.out(hidden).chunk(2, dim=-1)
-        return mean, -5 + 3.5 * (log_std.tanh() + 1)  # from (-1, 1) to (-5, 2)
+        return mean, 3.5 * log_std.tanh() - 1.5  # from (-1, 1) to (-5, 2)
 
 
 class Critic(Module):
-    """Q(s, a): the value of action a in state s."""
+    """Q1(s, a) and Q2(s, a) side by side: one product for both takes less time than two."""
 
     def __init__(self, obs_dim: int, hidden_sizes: tuple[int, int], action_dim: int):
         super().__init__()
         h1, h2 = hidden_sizes
-        self.fc1, self.fc2, self.out = Linear(obs_dim + action_dim, h1), Linear(h1, h2), Linear(h2, 1)
+        twins = [[Linear(obs_dim + action_dim, h1), Linear(h1, h2), Linear(h2, 1)] for _ in range(2)]
+        for i, layers in enumerate(zip(*twins), 1):
+            setattr(self, f"w{i}", nn.Parameter(torch.stack([layer.weight.T for layer in layers])))  # (2, in, out)
+            setattr(self, f"b{i}", nn.Parameter(torch.stack([layer.bias[None] for layer in layers])))  # (2, 1, out)
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
-        """Q (B,) for obs (B, obs_dim) and action (B, action_dim)."""
-        hidden = self.fc2(self.fc1(torch.cat([obs, action], dim=-1)).relu_()).relu_()
-        return self.out(hidden).squeeze(-1)
+        """Q1 and Q2 (2, B) for obs (B, obs_dim) and action (B, action_dim)."""
+        w1, b1, w2, b2, w3, b3 = self._parameters.values()
+        hidden = torch.cat([obs, action], dim=-1).expand(len(w1), -1, -1)
+        hidden = torch.baddbmm(b1, hidden, w1).relu_()
+        hidden = torch.baddbmm(b2, hidden, w2).relu_()
+        return torch.baddbmm(b3, hidden, w3).squeeze(-1)
 
 
 class Agent(Module):
@@ -164,9 +173,9 @@ class Agent(Module):
         obs_dim = math.prod(envs.single_observation_space.shape)
         self.action_dim = math.prod(space.shape)
         self.actor = SquashedGaussianActor(obs_dim, sizes, self.action_dim)
-        self.critics = nn.ModuleList([Critic(obs_dim, sizes, self.action_dim) for _ in range(2)])
-        self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
-        self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)), requires_grad=args.autotune)
+        self.critic = Critic(obs_dim, sizes, self.action_dim)
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)))
         self.space = space
         self.center, self.half_width = space.low / 2 + space.high / 2, space.high / 2 - space.low / 2
         self.device = device
@@ -274,9 +283,9 @@ def true_next_obs(next_obs: np.ndarray, done: np.ndarray, infos: dict) -> np.nda
 # ----- algorithm ------------------------------------------------------------------------------------------------------
 
 
-def squashed_log_prob(u: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """log pi(tanh(u)|s) (B,), inputs (B, action_dim)."""
-    gaussian = -((u - mean) / log_std.exp()).square() / 2 - log_std - math.log(2 * math.pi) / 2
+def squashed_log_prob(u: Tensor, noise: Tensor, log_std: Tensor) -> Tensor:
+    """log pi(tanh(u)|s) (B,) for u = mean + exp(log_std) noise; inputs (B, action_dim)."""
+    gaussian = -noise.square() / 2 - log_std - math.log(2 * math.pi) / 2
     log_slope = 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))  # log(1 - tanh(u)^2), exact for a large u too
     return (gaussian - log_slope).sum(-1)
 
@@ -284,18 +293,19 @@ def squashed_log_prob(u: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
 def draw(actor: SquashedGaussianActor, obs: Tensor) -> tuple[Tensor, Tensor]:
     """Actions (B, action_dim) drawn from pi(.|s), and their log pi(a|s) (B,); both differentiable."""
     mean, log_std = actor(obs)
-    u = mean + log_std.exp() * torch.randn_like(mean)
-    return u.tanh(), squashed_log_prob(u, mean, log_std)
+    noise = torch.randn_like(mean)
+    u = mean + log_std.exp() * noise
+    return u.tanh(), squashed_log_prob(u, noise, log_std)
 
 
 def critic_loss(agent: Agent, args: Args, batch: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
     """L(Q), and the metrics to log."""
     with torch.no_grad():
         next_action, next_log_prob = draw(agent.actor, batch.next_obs)
-        next_value = torch.min(*(critic(batch.next_obs, next_action) for critic in agent.target_critics))
+        next_value = agent.target_critic(batch.next_obs, next_action).amin(0)
         next_value -= agent.log_alpha.exp() * next_log_prob
         target = batch.reward + args.gamma * next_value * ~batch.terminated
-    q = torch.stack([critic(batch.obs, batch.action) for critic in agent.critics])  # (2, B)
+    q = agent.critic(batch.obs, batch.action)
     loss = (q - target).square().mean(-1).sum()
     return loss, {"losses/qf_loss": loss.detach(), "losses/qf_values": q.detach().mean()}
 
@@ -303,18 +313,14 @@ def critic_loss(agent: Agent, args: Args, batch: Transitions) -> tuple[Tensor, d
 def actor_loss(agent: Agent, args: Args, batch: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
     """-J(pi) + L(alpha), and the metrics to log."""
     action, log_prob = draw(agent.actor, batch.obs)
-    q = torch.min(*(critic(batch.obs, action) for critic in agent.critics))
+    q = agent.critic(batch.obs, action).amin(0)
     alpha = agent.log_alpha.exp()
     loss = (alpha.detach() * log_prob - q).mean()
     target_entropy = -action.shape[-1]
     alpha_loss = -(alpha * (log_prob.detach() + target_entropy)).mean()
-    log = {
-        "losses/actor_loss": loss.detach(),
-        "losses/alpha_loss": alpha_loss.detach(),
-        "losses/alpha": alpha.detach(),
-        "losses/entropy": -log_prob.detach().mean(),
-    }
-    return loss + alpha_loss, log
+    entropy = -log_prob.mean()
+    log = {"losses/actor_loss": loss, "losses/alpha_loss": alpha_loss, "losses/alpha": alpha, "losses/entropy": entropy}
+    return loss + alpha_loss, {name: x.detach() for name, x in log.items()}
 
 
 @torch.no_grad()
@@ -337,11 +343,11 @@ def sac_update(
     critic_optimizer.zero_grad()
 
     loss, actor_log = actor_loss(agent, args, batch)
-    loss.backward(inputs=[p for p in (*agent.actor.parameters(), agent.log_alpha) if p.requires_grad])
+    loss.backward(inputs=[p for group in actor_optimizer.param_groups for p in group["params"]])
     actor_optimizer.step()
     actor_optimizer.zero_grad()
 
-    polyak(agent.target_critics, agent.critics, args.tau)
+    polyak(agent.target_critic, agent.critic, args.tau)
     return log | actor_log
 
 
@@ -355,7 +361,7 @@ def updates_by(step: int, args: Args) -> int:
 
 
 def train(args: Args) -> Path:
-    """Trains an agent with SAC (Algorithm 1 of the paper); returns the run's folder."""
+    """Trains an agent (Algorithm 1 of the paper); returns the run's folder."""
     args, saved = load_run(args)
     device = check_flags(args)
     require(not dist.is_torchelastic_launched(), "torchrun is for reinforce.py, a2c.py and ppo.py")
@@ -370,8 +376,8 @@ def train(args: Args) -> Path:
 
     torch.manual_seed(args.seed)
     agent = Agent(envs, args, device)
-    critic_optimizer = torch.optim.Adam(agent.critics.parameters(), lr=args.q_lr, fused=True)
-    groups = {"params": agent.actor.parameters()}, {"params": [agent.log_alpha], "lr": args.q_lr}
+    critic_optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.q_lr, fused=True)
+    groups = {"params": agent.actor.parameters()}, {"params": [agent.log_alpha], "lr": args.q_lr * args.autotune}
     actor_optimizer = torch.optim.Adam(groups, lr=args.learning_rate, fused=True)
     iterations = math.ceil(max(0, args.total_timesteps - saved["step"]) / args.num_envs)  # to come
     buffer = ReplayBuffer(envs, min(args.buffer_size, saved["step"] + iterations * args.num_envs), device)
@@ -397,7 +403,7 @@ def train(args: Args) -> Path:
             before, step = step, step + args.num_envs
 
             # Learn from what is remembered.
-            for _ in range(updates_by(before, args), updates_by(step, args)):
+            for count in range(updates_by(before, args), updates_by(step, args)):
                 batch = buffer.sample(args.batch_size)
                 row |= update(agent, critic_optimizer, actor_optimizer, batch, args)
             if run.advance(step, row):  # a checkpoint

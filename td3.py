@@ -120,7 +120,10 @@ class Linear(nn.Linear):
     """nn.Linear whose calls run no hooks: looking for them, and for weight and bias, takes as long as the rest."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, *self._parameters.values())
+        weight, bias = self._parameters.values()
+        if torch.compiler.is_compiling():  # one kernel for bias and ReLU; a plus would be put back into the product
+            return x @ weight.T - -bias
+        return nn.functional.linear(x, weight, bias)
 
 
 class DeterministicActor(Module):
@@ -138,17 +141,23 @@ class DeterministicActor(Module):
 
 
 class Critic(Module):
-    """Q(s, a): the value of action a in state s."""
+    """Q1(s, a) and Q2(s, a) side by side: one product for both takes less time than two."""
 
     def __init__(self, obs_dim: int, hidden_sizes: tuple[int, int], action_dim: int):
         super().__init__()
         h1, h2 = hidden_sizes
-        self.fc1, self.fc2, self.out = Linear(obs_dim + action_dim, h1), Linear(h1, h2), Linear(h2, 1)
+        twins = [[Linear(obs_dim + action_dim, h1), Linear(h1, h2), Linear(h2, 1)] for _ in range(2)]
+        for i, layers in enumerate(zip(*twins), 1):
+            setattr(self, f"w{i}", nn.Parameter(torch.stack([layer.weight.T for layer in layers])))  # (2, in, out)
+            setattr(self, f"b{i}", nn.Parameter(torch.stack([layer.bias[None] for layer in layers])))  # (2, 1, out)
 
-    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
-        """Q (B,) for obs (B, obs_dim) and action (B, action_dim)."""
-        hidden = self.fc2(self.fc1(torch.cat([obs, action], dim=-1)).relu_()).relu_()
-        return self.out(hidden).squeeze(-1)
+    def forward(self, obs: Tensor, action: Tensor, count: int = 2) -> Tensor:
+        """Q1 and Q2 (2, B) for obs (B, obs_dim) and action (B, action_dim); with count 1 only Q1 (1, B)."""
+        w1, b1, w2, b2, w3, b3 = (x if count == 2 else x[:1] for x in self._parameters.values())
+        hidden = torch.cat([obs, action], dim=-1).expand(len(w1), -1, -1)
+        hidden = torch.baddbmm(b1, hidden, w1).relu_()
+        hidden = torch.baddbmm(b2, hidden, w2).relu_()
+        return torch.baddbmm(b3, hidden, w3).squeeze(-1)
 
 
 class Agent(Module):
@@ -160,9 +169,9 @@ class Agent(Module):
         obs_dim = math.prod(envs.single_observation_space.shape)
         self.action_dim = math.prod(space.shape)
         self.actor = DeterministicActor(obs_dim, sizes, self.action_dim)
-        self.critics = nn.ModuleList([Critic(obs_dim, sizes, self.action_dim) for _ in range(2)])
+        self.critic = Critic(obs_dim, sizes, self.action_dim)
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
-        self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.exploration_noise = args.exploration_noise
         self.space = space
         self.center, self.half_width = space.low / 2 + space.high / 2, space.high / 2 - space.low / 2
@@ -277,16 +286,16 @@ def critic_loss(agent: Agent, args: Args, batch: Transitions) -> tuple[Tensor, d
         next_action = agent.target_actor(batch.next_obs)
         noise = (args.policy_noise * torch.randn_like(next_action)).clamp(-args.noise_clip, args.noise_clip)
         next_action = (next_action + noise).clamp(-1, 1)
-        next_value = torch.min(*(critic(batch.next_obs, next_action) for critic in agent.target_critics))
+        next_value = agent.target_critic(batch.next_obs, next_action).amin(0)
         target = batch.reward + args.gamma * next_value * ~batch.terminated
-    q = torch.stack([critic(batch.obs, batch.action) for critic in agent.critics])  # (2, B)
+    q = agent.critic(batch.obs, batch.action)
     loss = (q - target).square().mean(-1).sum()
     return loss, {"losses/qf_loss": loss.detach(), "losses/qf_values": q.detach().mean()}
 
 
 def actor_loss(agent: Agent, args: Args, batch: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
     """-J(mu), and the metrics to log."""
-    loss = -agent.critics[0](batch.obs, agent.actor(batch.obs)).mean()
+    loss = -agent.critic(batch.obs, agent.actor(batch.obs), count=1).mean()
     return loss, {"losses/actor_loss": loss.detach()}
 
 
@@ -314,11 +323,11 @@ def td3_update(
         return log
 
     loss, actor_log = actor_loss(agent, args, batch)
-    loss.backward(inputs=list(agent.actor.parameters()))
+    loss.backward(inputs=[p for group in actor_optimizer.param_groups for p in group["params"]])
     actor_optimizer.step()
     actor_optimizer.zero_grad()
 
-    polyak(agent.target_critics, agent.critics, args.tau)
+    polyak(agent.target_critic, agent.critic, args.tau)
     polyak(agent.target_actor, agent.actor, args.tau)
     return log | actor_log
 
@@ -333,14 +342,15 @@ def updates_by(step: int, args: Args) -> int:
 
 
 def train(args: Args) -> Path:
-    """Trains an agent with TD3 (Algorithm 1 of the paper); returns the run's folder."""
+    """Trains an agent (Algorithm 1 of the paper); returns the run's folder."""
     args, saved = load_run(args)
     device = check_flags(args)
     require(not dist.is_torchelastic_launched(), "torchrun is for reinforce.py, a2c.py and ppo.py")
-    for name in ("buffer_size", "train_frequency", "gradient_steps", "batch_size", "tau", "q_lr", "policy_frequency"):
+    for name in ("buffer_size", "train_frequency", "gradient_steps", "batch_size", "tau", "q_lr"):
         require(0 < getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be finite and above 0")
     for name in ("learning_starts", "exploration_noise", "policy_noise", "noise_clip"):
         require(0 <= getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must not be below 0")
+    require(args.policy_frequency > 0, "--policy-frequency must be above 0")
     require(args.tau <= 1, "--tau must not be above 1")
     envs = make_envs(args, args.num_envs)
     space = envs.single_action_space
@@ -349,7 +359,7 @@ def train(args: Args) -> Path:
 
     torch.manual_seed(args.seed)
     agent = Agent(envs, args, device)
-    critic_optimizer = torch.optim.Adam(agent.critics.parameters(), lr=args.q_lr, fused=True)
+    critic_optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.q_lr, fused=True)
     actor_optimizer = torch.optim.Adam(agent.actor.parameters(), lr=args.learning_rate, fused=True)
     iterations = math.ceil(max(0, args.total_timesteps - saved["step"]) / args.num_envs)  # to come
     buffer = ReplayBuffer(envs, min(args.buffer_size, saved["step"] + iterations * args.num_envs), device)

@@ -71,7 +71,8 @@ MUTATIONS = [
         "action_dim, h1), Linear(h1, h2)",
         "action_dim, h2), Linear(h2, h2)",
     ),
-    Mutation("layers without their bias", "*", "(x, *self._parameters.values())", "(x, self.weight)"),
+    Mutation("layers without their bias", "*", "(x, weight, bias)", "(x, weight)"),
+    Mutation("compiled layers take their bias off", "*", "- -bias", "- bias"),
     Mutation(
         "a hidden layer without ReLU",
         "dqn.py ddpg.py td3.py sac.py",
@@ -450,8 +451,8 @@ MUTATIONS = [
     Mutation(
         "the second critic never learns",
         "td3.py sac.py",
-        "Adam(agent.critics.parameters()",
-        "Adam(agent.critics[0].parameters()",
+        ".square().mean(-1).sum()",
+        ".square().mean(-1)[0]",
     ),
     Mutation(
         "the learning rate of the actor for the critics",
@@ -462,13 +463,14 @@ MUTATIONS = [
     Mutation(
         "the temperature at the rate of the actor",
         "sac.py",
-        '[agent.log_alpha], "lr": args.q_lr}',
-        "[agent.log_alpha]}",
+        '"lr": args.q_lr * args.autotune}',
+        '"lr": args.learning_rate * args.autotune}',
     ),
+    Mutation("a fixed temperature is tuned", "sac.py", "args.q_lr * args.autotune", "args.q_lr"),
     Mutation(
         "the temperature in no optimizer",
         "sac.py",
-        'groups = {"params": agent.actor.parameters()}, {"params": [agent.log_alpha], "lr": args.q_lr}',
+        'groups = {"params": agent.actor.parameters()}, {"params": [agent.log_alpha], "lr": args.q_lr * args.autotune}',
         "groups = agent.actor.parameters()",
     ),
     Mutation("gradients of the critic add up", REPLAY, "    critic_optimizer.zero_grad()\n", ""),
@@ -560,31 +562,29 @@ MUTATIONS = [
         "next_action = agent.actor(",
     ),
     Mutation(
-        "DDPG: the target of the critic as it is",
-        "ddpg.py",
+        "the target of the critic as it is",
+        CONTINUOUS,
         "next_value = agent.target_critic(",
         "next_value = agent.critic(",
     ),
+    Mutation("max for min of the targets", "td3.py sac.py", "next_action).amin(0)", "next_action).amax(0)"),
+    Mutation("both critics begin alike", "td3.py sac.py", "Linear(h2, 1)] for _ in range(2)]", "Linear(h2, 1)]] * 2"),
     Mutation(
-        "the target of the critics as they are",
+        "weights of the critics not turned",
         "td3.py sac.py",
-        "for critic in agent.target_critics)",
-        "for critic in agent.critics)",
-    ),
-    Mutation("max for min of the targets", "td3.py sac.py", "next_value = torch.min(", "next_value = torch.max("),
-    Mutation(
-        "the second critic is a name of the first",
-        "td3.py sac.py",
-        "[Critic(obs_dim, sizes, self.action_dim) for _ in range(2)]",
-        "[Critic(obs_dim, sizes, self.action_dim)] * 2",
+        "[layer.weight.T for",
+        "[layer.weight.reshape(layer.weight.T.shape) for",
     ),
     Mutation("the loss of the critics averages them", "td3.py sac.py", ".square().mean(-1).sum()", ".square().mean()"),
     Mutation("the actor goes downhill", "ddpg.py td3.py", "    loss = -agent.critic", "    loss = agent.critic"),
-    Mutation("TD3: the actor climbs the second critic", "td3.py", "-agent.critics[0](", "-agent.critics[1]("),
+    Mutation("TD3: the actor climbs the second critic", "td3.py", "else x[:1] for", "else x[1:] for"),
+    Mutation(
+        "TD3: the actor climbs both critics", "td3.py", "agent.actor(batch.obs), count=1)", "agent.actor(batch.obs))"
+    ),
     Mutation(
         "the gradient of the actor reaches the critics",
-        "ddpg.py td3.py",
-        "loss.backward(inputs=list(agent.actor.parameters()))",
+        CONTINUOUS,
+        'loss.backward(inputs=[p for group in actor_optimizer.param_groups for p in group["params"]])',
         "loss.backward()",
     ),
     Mutation("actor without tanh", "ddpg.py td3.py", "self.out(hidden).tanh()", "self.out(hidden)"),
@@ -635,7 +635,7 @@ MUTATIONS = [
         "TD3: targets follow in every update",
         "td3.py",
         "    if not move_actor:\n        return log\n",
-        "    if not move_actor:\n        polyak(agent.target_critics, agent.critics, args.tau)\n        return log\n",
+        "    if not move_actor:\n        polyak(agent.target_critic, agent.critic, args.tau)\n        return log\n",
     ),
     Mutation(
         "TD3: the delay begins anew in each turn",
@@ -656,12 +656,10 @@ MUTATIONS = [
         "(1 - u.tanh().square()).log()",
     ),
     Mutation(
-        "SAC: log_std for std in the loss", "sac.py", "u = mean + log_std.exp() * torch", "u = mean + log_std * torch"
+        "SAC: log_std for std in the loss", "sac.py", "u = mean + log_std.exp() * noise", "u = mean + log_std * noise"
     ),
     Mutation("SAC: log_std for std to act", "sac.py", "u = u + log_std.exp() * torch", "u = u + log_std * torch"),
-    Mutation(
-        "SAC: log_std not limited", "sac.py", "return mean, -5 + 3.5 * (log_std.tanh() + 1)", "return mean, log_std"
-    ),
+    Mutation("SAC: log_std not limited", "sac.py", "return mean, 3.5 * log_std.tanh() - 1.5", "return mean, log_std"),
     Mutation(
         "SAC: no gradient through the action",
         "sac.py",
@@ -683,8 +681,8 @@ MUTATIONS = [
     Mutation(
         "SAC: the actor climbs the first critic",
         "sac.py",
-        "q = torch.min(*(critic(batch.obs, action) for critic in agent.critics))",
-        "q = agent.critics[0](batch.obs, action)",
+        "q = agent.critic(batch.obs, action).amin(0)",
+        "q = agent.critic(batch.obs, action)[0]",
     ),
     Mutation(
         "SAC: entropy of the actor with the wrong sign",
@@ -750,10 +748,10 @@ MUTATIONS = [
     Mutation(
         "one batch for all updates of a turn",
         "ddpg.py sac.py",
-        "            for _ in range(updates_by(before, args), updates_by(step, args)):\n"
+        "            for count in range(updates_by(before, args), updates_by(step, args)):\n"
         "                batch = buffer.sample(args.batch_size)\n",
         "            batch = buffer.sample(args.batch_size)\n"
-        "            for _ in range(updates_by(before, args), updates_by(step, args)):\n",
+        "            for count in range(updates_by(before, args), updates_by(step, args)):\n",
     ),
     Mutation(
         "random actions for a turn too long",

@@ -70,8 +70,10 @@ POLICY |= {"policy.net.out": ["action_net"], "critic.out": ["value_net"], "polic
 Q_NETWORK = three_layers("critic", "q_net.q_net", "advantage")
 Q_NETWORK |= three_layers("target_critic", "q_net_target.q_net", "advantage")
 ONE_CRITIC = three_layers("critic", "critic.qf0") | three_layers("target_critic", "critic_target.qf0")
-TWIN_CRITICS = three_layers("critics.0", "critic.qf0") | three_layers("target_critics.0", "critic_target.qf0")
-TWIN_CRITICS |= three_layers("critics.1", "critic.qf1") | three_layers("target_critics.1", "critic_target.qf1")
+TWINS = ("critic", "critic"), ("target_critic", "critic_target")
+TWIN_CRITICS = {
+    f"{x}.{kind}{i + 1}": [f"{y}.qf{q}.{2 * i}" for q in (0, 1)] for x, y in TWINS for i in range(3) for kind in "wb"
+}
 DETERMINISTIC = three_layers("actor", "actor.mu") | three_layers("target_actor", "actor_target.mu")
 GAUSSIAN = three_layers("actor", "actor.latent_pi") | {"actor.out": ["actor.mu", "actor.log_std"]}
 LAYERS = {
@@ -109,8 +111,9 @@ def made_by_train(module, monkeypatch, flags):
         for name, parameter in agent.named_parameters():
             if name != "log_alpha":
                 parameter += 0.05 * torch.randn_like(parameter)
-        for critic in (*getattr(agent, "critics", ()), *getattr(agent, "target_critics", ())):
-            critic.out.bias -= critic(torch.randn(1000, 6), 2 * torch.rand(1000, 2) - 1).median()
+        if module in (td3, sac):
+            for critic in (agent.critic, agent.target_critic):
+                critic.b3[:, 0, 0] -= critic(torch.randn(1000, 6), 2 * torch.rand(1000, 2) - 1).median(1).values
     return agent, [state for name, state in states.items() if name.endswith("optimizer")], args
 
 
@@ -120,8 +123,11 @@ def with_names_of_sb3(module, agent):
     for name, parameter in agent.named_parameters():
         if name != "log_alpha":
             ours, theirs = next(pair for pair in LAYERS[module].items() if name.startswith(pair[0]))
-            parts = parameter.detach().chunk(len(theirs))
-            found |= {layer + name.removeprefix(ours): part for layer, part in zip(theirs, parts, strict=True)}
+            parts, end = parameter.detach().chunk(len(theirs)), name.removeprefix(ours)
+            if ours in TWIN_CRITICS:  # two layers side by side, (2, in, out) or (2, 1, out)
+                end = {"w": ".weight", "b": ".bias"}[ours[-2]]
+                parts = [x[0].T if end == ".weight" else x[0, 0] for x in parts]
+            found |= {layer + end: part for layer, part in zip(theirs, parts, strict=True)}
     return found
 
 
@@ -288,8 +294,8 @@ def random_batch(rng, module, model):
     return module.Transitions(*map(torch.from_numpy, (obs, action, reward, next_obs, terminated)))
 
 
-def assert_each_critic_is_lower_somewhere(critics, batch):
-    first, second = (critic(batch.obs, batch.action) for critic in critics)
+def assert_each_critic_is_lower_somewhere(critic, batch):
+    first, second = critic(batch.obs, batch.action)
     assert (first < second).any() and (second < first).any()
 
 
@@ -328,7 +334,7 @@ def test_td3_takes_the_steps_of_stable_baselines3(delay, monkeypatch):
     rng = np.random.default_rng(0)
     for update in range(UPDATES):
         batch = random_batch(rng, td3, model)
-        assert_each_critic_is_lower_somewhere(agent.target_critics, batch)
+        assert_each_critic_is_lower_somewhere(agent.target_critic, batch)
         noise = torch.randn(BATCH_SIZE, 2)
         smoothed = agent.target_actor(batch.next_obs) + (0.8 * noise).clamp(-0.9, 0.9)
         assert (0.8 * noise.abs() > 0.9).any() and (smoothed.abs() > 1).any()
@@ -363,8 +369,8 @@ def test_sac_takes_the_steps_of_stable_baselines3(autotune, monkeypatch):
     rng = np.random.default_rng(0)
     for _ in range(UPDATES):
         batch = random_batch(rng, sac, model)
-        assert_each_critic_is_lower_somewhere(agent.target_critics, batch)
-        assert_each_critic_is_lower_somewhere(agent.critics, batch)
+        assert_each_critic_is_lower_somewhere(agent.target_critic, batch)
+        assert_each_critic_is_lower_somewhere(agent.critic, batch)
         log_alpha = agent.log_alpha.item()
         noise, next_noise = torch.randn(2, BATCH_SIZE, 2)
         with monkeypatch.context() as patch:

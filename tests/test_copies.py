@@ -18,6 +18,7 @@ LESSONS = {
     "Args": "each script has flags of its own after the common ones (which a test below compares)",
     "train": "the loop follows the pseudocode of each paper",
     "Agent": "its networks are the lesson; the policy-gradient scripts have one text (which a test below compares)",
+    "Critic": "one Q in ddpg.py, two side by side in td3.py and sac.py, of which TD3's actor climbs the first alone",
     "critic_loss": "what the target of the critic is made of is the lesson, from dqn.py to sac.py",
     "actor_loss": "what the actor climbs is the lesson, from ddpg.py to sac.py",
 }

@@ -47,9 +47,8 @@ def updated(module, discrete: bool, device: torch.device) -> dict[str, torch.Ten
     if name in POLICY_GRADIENT:
         made, batch = [torch.optim.Adam(agent.parameters(), lr=1e-3, fused=True)], data(module, discrete, device)
     else:
-        critic = agent.critics if hasattr(agent, "critics") else agent.critic
         actor = [p for n, p in agent.named_parameters() if n.startswith("actor") or n == "log_alpha"]
-        made = [torch.optim.Adam(part, lr=1e-3, fused=True) for part in (critic.parameters(), actor) if part]
+        made = [torch.optim.Adam(part, lr=1e-3, fused=True) for part in (agent.critic.parameters(), actor) if part]
         batch = data(module, discrete, device)
     for update in (1, 2):
         log = getattr(module, f"{name}_update")(agent, *made, batch, args, *([update == 2] if name == "td3" else []))

@@ -412,15 +412,33 @@ def test_modules_are_found_where_torch_has_them(module):
     """In copies as well, also when another one, or none, has taken a place."""
     args = module.Args(env_id=clock(module))
     agent = module.Agent(module.make_envs(args, 1), args, torch.device("cpu"))
-    network = agent.critics if hasattr(agent, "critics") else agent.critic
     copied = copy.deepcopy(agent)
     copied.register_module("extra", torch.nn.Linear(1, 1))
     agent.extra, agent.other = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     agent.extra, agent.other = torch.nn.Linear(2, 2), None
     pairs = [(part, name) for whole in (agent, copied) for part in whole.modules() for name in part._modules]
-    assert len(pairs) > 10 and all(getattr(part, name) is part._modules[name] for part, name in pairs)
-    theirs = copied.critics if hasattr(agent, "critics") else copied.critic
-    assert not {*map(id, network.modules())} & {*map(id, theirs.modules())}
+    assert len(pairs) > 8 and all(getattr(part, name) is part._modules[name] for part, name in pairs)
+    assert not {*map(id, agent.critic.modules())} & {*map(id, copied.critic.modules())}
+
+
+@everywhere
+@pytest.mark.parametrize("compiling", (False, True), ids=("eager", "compiling"))
+def test_a_layer_is_that_of_torch(module, compiling, monkeypatch):
+    """Its value and gradients, for a batch and for a rollout."""
+    torch.manual_seed(0)
+    layer = module.Linear(3, 2).double()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+        for shape in ((5, 3), (4, 5, 3)):
+            x, weight = (
+                torch.randn(*shape, dtype=torch.float64, requires_grad=True),
+                torch.randn(2, dtype=torch.float64),
+            )
+            ours, theirs = layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias)
+            torch.testing.assert_close(ours, theirs)
+            inputs = (x, layer.weight, layer.bias)
+            ours, theirs = (torch.autograd.grad((y.square() @ weight).sum(), inputs) for y in (ours, theirs))
+            torch.testing.assert_close(ours, theirs)
 
 
 @everywhere

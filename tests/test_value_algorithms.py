@@ -50,9 +50,9 @@ def make_agent(module, seed=0, obs_dim=3, **flags):
     for name, parameter in agent.named_parameters():
         if "target" in name:
             parameter.data += 0.1 * torch.randn_like(parameter)
-    for twins in (getattr(agent, "critics", ()), getattr(agent, "target_critics", ())):
-        for critic in twins:  # that none of the two is the lower one everywhere
-            critic.out.bias.data -= critic(torch.randn(1000, obs_dim), 2 * torch.rand(1000, 2) - 1).median()
+    for critic in (agent.critic, agent.target_critic) if module in (td3, sac) else ():
+        q = critic(torch.randn(1000, obs_dim), 2 * torch.rand(1000, 2) - 1)
+        critic.b3.data -= q.median(1).values[:, None, None]  # that none of the two is the lower one everywhere
     return agent.double(), args
 
 
@@ -200,6 +200,37 @@ def squashed(agent, obs, seed):
     return action, distribution.log_prob(action)
 
 
+def networks(critic):
+    """The networks of a critic, one of ddpg.py, two of td3.py and sac.py, each a function of obs and action."""
+    if hasattr(critic, "fc1"):
+        layers = [[(layer.weight, layer.bias) for layer in (critic.fc1, critic.fc2, critic.out)]]
+    else:
+        pairs = (critic.w1, critic.b1), (critic.w2, critic.b2), (critic.w3, critic.b3)
+        layers = [[(weight[i].T, bias[i, 0]) for weight, bias in pairs] for i in (0, 1)]
+
+    def network(x, first, second, last):
+        for layer in (first, second):
+            x = torch.nn.functional.linear(x, *layer).clamp(min=0)
+        return torch.nn.functional.linear(x, *last).squeeze(-1)
+
+    return [lambda obs, action, own=own: network(torch.cat([obs, action], -1), *own) for own in layers]
+
+
+@continuous
+def test_the_critics_are_networks_of_their_own(module):
+    agent, _ = make_agent(module, hidden_sizes=(5, 4))
+    batch = make_batch(module)
+    expected = torch.stack([network(batch.obs, batch.action) for network in networks(agent.critic)])
+    torch.testing.assert_close(agent.critic(batch.obs, batch.action), expected[0] if module is ddpg else expected)
+    if module is td3:
+        torch.testing.assert_close(agent.critic(batch.obs, batch.action, count=1), expected[:1])
+    weight = torch.randn(len(expected), 7, dtype=torch.float64)  # a gradient that tells all of them apart
+    q = agent.critic(batch.obs, batch.action).reshape(weight.shape)
+    inputs = list(agent.critic.parameters())
+    ours, theirs = (torch.autograd.grad((weight * x).sum(), inputs) for x in (q, expected))
+    torch.testing.assert_close(ours, theirs)
+
+
 @continuous
 def test_the_loss_of_the_critic_by_hand(module):
     flags = dict(policy_noise=0.6, noise_clip=0.5) if module is td3 else {}
@@ -209,10 +240,8 @@ def test_the_loss_of_the_critic_by_hand(module):
     loss, log = module.critic_loss(agent, args, batch)
     if module is ddpg:
         next_action, bonus = agent.target_actor(batch.next_obs), torch.zeros(30)
-        critics, target_critics = [agent.critic], [agent.target_critic]
-    else:
-        critics, target_critics = agent.critics, agent.target_critics
-        assert len(critics) == 2
+    critics, target_critics = networks(agent.critic), networks(agent.target_critic)
+    assert len(critics) == len(target_critics) == (1 if module is ddpg else 2)
     if module is td3:
         torch.manual_seed(5)
         noise = 0.6 * torch.randn_like(batch.action)
@@ -242,10 +271,10 @@ def test_the_gradient_of_the_critic_is_that_of_its_loss_with_a_constant_target(m
     torch.manual_seed(0)
     module.critic_loss(agent, args, batch)[0].backward()
     names = {name.split(".")[0] for name, p in agent.named_parameters() if p.grad is not None}
-    assert names == {"critic" if module is ddpg else "critics"}
+    assert names == {"critic"}
 
 
-TARGETS = {"dqn": ["critic"], "ddpg": ["actor", "critic"], "td3": ["actor", "critics"], "sac": ["critics"]}
+TARGETS = {"dqn": ["critic"], "ddpg": ["actor", "critic"], "td3": ["actor", "critic"], "sac": ["critic"]}
 
 
 @everywhere
@@ -261,9 +290,17 @@ def test_target_networks_are_copies_that_share_nothing_and_are_not_trained(modul
 
 
 @pytest.mark.parametrize("module", (td3, sac), ids=("td3", "sac"))
-def test_the_twin_critics_begin_apart(module):
-    first, second = module.Agent(spaces(UNEVEN), module.Args(), CPU).critics
-    assert not any(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+def test_the_twin_critics_begin_apart_and_each_as_a_network_of_torch(module):
+    torch.manual_seed(0)
+    critic = module.Agent(spaces(UNEVEN), module.Args(), CPU).critic
+    for i, (inputs, outputs) in enumerate(((5, 256), (256, 256), (256, 1)), 1):
+        weight, bias = getattr(critic, f"w{i}"), getattr(critic, f"b{i}")
+        assert weight.shape == (2, inputs, outputs) and bias.shape == (2, 1, outputs)
+        assert not torch.isclose(*weight).all() and not torch.isclose(*bias).all()
+        for x in (*weight, *bias):
+            assert x.abs().max() <= inputs**-0.5, "nn.Linear's: uniform between -1 and 1, over the root of the inputs"
+        for x in weight:
+            assert x.std().item() == pytest.approx(inputs**-0.5 / 3**0.5, rel=0.15)
 
 
 # ----- ddpg.py, td3.py, sac.py: the actor
@@ -281,17 +318,25 @@ class Quadratic(torch.nn.Module):
         return -((off @ self.matrix) * off).sum(-1) / 2
 
 
+class Twins(torch.nn.ModuleList):
+    """Two critics, or the first of them."""
+
+    def __init__(self, *critics):
+        super().__init__(critics)
+
+    def forward(self, obs, action, count=2):
+        return torch.stack([critic(obs, action) for critic in list(self)[:count]])
+
+
 @pytest.mark.parametrize("module", (ddpg, td3), ids=("ddpg", "td3"))
 def test_the_policy_gradient_is_that_of_a_linear_policy_in_a_linear_quadratic_problem(module):
     """mu(s) = W s in Q(s, a) = -(a - K s)' M (a - K s) / 2: grad_W J = -E[ M (W - K) s s' ]."""
     agent, args = make_agent(module)
     gain, weight = torch.randn(2, 2, 3, dtype=torch.float64)
     root = torch.randn(2, 2, dtype=torch.float64)
-    quadratic = Quadratic(gain, root @ root.T)
+    agent.critic = Quadratic(gain, root @ root.T)
     if module is td3:
-        agent.critics[0] = quadratic  # Q1 alone counts
-    else:
-        agent.critic = quadratic
+        agent.critic = Twins(agent.critic, Quadratic(gain + 1, root @ root.T))  # Q1 alone counts
     agent.actor = torch.nn.Linear(3, 2, bias=False).double()
     agent.actor.weight.data[:] = weight
     batch = make_batch(module, size=40)
@@ -351,7 +396,8 @@ def test_the_density_is_that_of_torch_distributions(u, mean, log_std):
     u, mean, log_std = (torch.tensor([[x, x / 2]], dtype=torch.float64) for x in (u, mean, log_std))
     tanh = TanhTransform(cache_size=1)
     expected = TransformedDistribution(Independent(Normal(mean, log_std.exp()), 1), [tanh]).log_prob(tanh(u))
-    torch.testing.assert_close(sac.squashed_log_prob(u, mean, log_std), expected, rtol=1e-6, atol=1e-6)
+    noise = (u - mean) / log_std.exp()
+    torch.testing.assert_close(sac.squashed_log_prob(u, noise, log_std), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("mean, log_std", ((0.0, 0.0), (1.0, -1.0), (-2.0, 0.5), (0.3, 1.0)))
@@ -361,14 +407,15 @@ def test_the_density_over_the_bounds_of_an_environment_integrates_to_one(mean, l
     u = torch.linspace(-18, 18, 400_001, dtype=torch.float64)
     action = (low + high) / 2 + (high - low) / 2 * u.tanh()
     mean, log_std = torch.tensor([[mean]], dtype=torch.float64), torch.tensor([[log_std]], dtype=torch.float64)
-    density = sac.squashed_log_prob(u[:, None], mean, log_std).exp() / ((high - low) / 2)
+    noise = (u[:, None] - mean) / log_std.exp()
+    density = sac.squashed_log_prob(u[:, None], noise, log_std).exp() / ((high - low) / 2)
     assert torch.trapezoid(density, action).item() == pytest.approx(1, abs=1e-4)
 
 
 def test_the_density_and_its_gradient_are_finite_far_out():
     for x in (-200.0, -20.0, 20.0, 200.0):
         u = torch.tensor([[x]], requires_grad=True)
-        log_prob = sac.squashed_log_prob(u, torch.zeros(1, 1), torch.zeros(1, 1))
+        log_prob = sac.squashed_log_prob(u, u, torch.zeros(1, 1))  # mean 0, standard deviation 1
         log_prob.backward()
         # log N(u) - log(1 - tanh(u)^2), where 1 - tanh(u)^2 = 4 e^-2|u| but for terms in e^-4|u|
         expected = -x * x / 2 - math.log(2 * math.pi) / 2 - math.log(4) + 2 * abs(x)
@@ -385,7 +432,8 @@ def test_actions_are_drawn_as_their_log_probability_says_and_the_deterministic_o
     torch.testing.assert_close(u.mean(0), mean[0], rtol=0, atol=0.02)
     torch.testing.assert_close(u.std(0), log_std[0].exp(), rtol=0.02, atol=0)
     assert u.T.corrcoef()[0, 1].abs() < 5 / 200_000**0.5, "each dimension has a noise of its own"
-    torch.testing.assert_close(log_prob, sac.squashed_log_prob(u, mean, log_std), rtol=1e-5, atol=1e-5)
+    noise = (u - mean) / log_std.exp()
+    torch.testing.assert_close(log_prob, sac.squashed_log_prob(u, noise, log_std), rtol=1e-5, atol=1e-5)
     agent.float()
     obs = obs.float().numpy()
     torch.testing.assert_close(torch.from_numpy(agent.act(obs, explore=False)), mean.tanh().float())
@@ -410,7 +458,7 @@ def test_the_loss_of_the_actor_by_hand_and_its_gradient_by_finite_differences():
 
     def loss():
         action, log_prob = squashed(agent, batch.obs, seed=3)
-        q = [critic(batch.obs, action).tolist() for critic in agent.critics]
+        q = [critic(batch.obs, action).tolist() for critic in networks(agent.critic)]
         assert len({a < b for a, b in zip(*q)}) == 2, "each of the two must be the lower one somewhere"
         return sum(0.7 * lp - min(pair) for lp, pair in zip(log_prob.tolist(), zip(*q))) / 30
 
@@ -453,8 +501,7 @@ def test_the_temperature_comes_to_its_closed_form_optimum():
     """
     curvature = 40.0
     agent, args = make_agent(sac, alpha=1.0, learning_rate=1e-2, q_lr=1e-2)
-    for i in range(2):
-        agent.critics[i] = Quadratic(torch.zeros(2, 3), curvature * torch.eye(2)).double()
+    agent.critic = Twins(*(Quadratic(torch.zeros(2, 3), curvature * torch.eye(2)) for _ in range(2))).double()
     agent.actor.fc1, agent.actor.fc2 = torch.nn.Identity(), torch.nn.Identity()
     agent.actor.out = torch.nn.Linear(3, 4).double()
     groups = {"params": agent.actor.parameters()}, {"params": [agent.log_alpha]}
@@ -484,11 +531,10 @@ def optimizers(module, agent, args):
     """As in train()."""
     if module is dqn:
         return [torch.optim.Adam(agent.critic.parameters(), lr=args.learning_rate)]
-    critic = agent.critic if module is ddpg else agent.critics
     groups = [{"params": agent.actor.parameters()}]
     if module is sac:
-        groups.append({"params": [agent.log_alpha], "lr": args.q_lr})
-    return [torch.optim.Adam(critic.parameters(), lr=args.q_lr), torch.optim.Adam(groups, lr=args.learning_rate)]
+        groups.append({"params": [agent.log_alpha], "lr": args.q_lr * args.autotune})
+    return [torch.optim.Adam(agent.critic.parameters(), lr=args.q_lr), torch.optim.Adam(groups, lr=args.learning_rate)]
 
 
 def run_updates(module, agent, args, count, batch=None, first=0):
@@ -535,7 +581,7 @@ def test_an_update_moves_everything_and_the_targets_by_polyak_of_the_new_network
 def test_td3_moves_its_actor_and_targets_when_it_is_told_to_only(due):
     agent, args = make_agent(td3, tau=0.1)
     agent.float()
-    critics = {name for name in agent.state_dict() if name.startswith("critics")}
+    critics = {name for name in agent.state_dict() if name.startswith("critic")}
     made = optimizers(td3, agent, args)
     for update in range(3):
         before = clone(agent)
@@ -580,7 +626,7 @@ def watched_update(module, agent, args, seed=0):
 def test_each_step_follows_the_gradient_of_its_own_loss_alone(module):
     """Nothing is left over from the other loss or from the update before."""
     agent, args = make_agent(module)
-    losses = {module.critic_loss: ("critic", "critics")}
+    losses = {module.critic_loss: ("critic",)}
     if module is not dqn:
         losses[module.actor_loss] = ("actor", "log_alpha")
     for seed in range(2):
