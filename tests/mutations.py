@@ -569,12 +569,6 @@ MUTATIONS = [
     ),
     Mutation("max for min of the targets", "td3.py sac.py", "next_action).amin(0)", "next_action).amax(0)"),
     Mutation("both critics begin alike", "td3.py sac.py", "Linear(h2, 1)] for _ in range(2)]", "Linear(h2, 1)]] * 2"),
-    Mutation(
-        "weights of the critics not turned",
-        "td3.py sac.py",
-        "[layer.weight.T for",
-        "[layer.weight.reshape(layer.weight.T.shape) for",
-    ),
     Mutation("the loss of the critics averages them", "td3.py sac.py", ".square().mean(-1).sum()", ".square().mean()"),
     Mutation("the actor goes downhill", "ddpg.py td3.py", "    loss = -agent.critic", "    loss = agent.critic"),
     Mutation("TD3: the actor climbs the second critic", "td3.py", "else x[:1] for", "else x[1:] for"),
