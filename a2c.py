@@ -112,7 +112,7 @@ class Linear(nn.Linear):
 
     def __call__(self, x: Tensor) -> Tensor:
         weight, bias = self._parameters.values()
-        if torch.compiler.is_compiling():  # one kernel for bias and ReLU; a plus would be put back into the product
+        if torch.compiler.is_compiling():  # bias and ReLU in one kernel; a plus would be fused into the product again
             return x @ weight.T - -bias
         return nn.functional.linear(x, weight, bias)
 

@@ -116,7 +116,7 @@ class Linear(nn.Linear):
 
     def __call__(self, x: Tensor) -> Tensor:
         weight, bias = self._parameters.values()
-        if torch.compiler.is_compiling():  # one kernel for bias and ReLU; a plus would be put back into the product
+        if torch.compiler.is_compiling():  # bias and ReLU in one kernel; a plus would be fused into the product again
             return x @ weight.T - -bias
         return nn.functional.linear(x, weight, bias)
 
@@ -306,6 +306,7 @@ def ddpg_update(
     critic_optimizer.zero_grad()
 
     loss, actor_log = actor_loss(agent, args, batch)
+    # For the actor only: a gradient that it left in the critic would join that of the critic's next step.
     loss.backward(inputs=[p for group in actor_optimizer.param_groups for p in group["params"]])
     actor_optimizer.step()
     actor_optimizer.zero_grad()
@@ -332,7 +333,7 @@ def train(args: Args) -> Path:
     for name in ("buffer_size", "train_frequency", "gradient_steps", "batch_size", "tau", "q_lr"):
         require(0 < getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be finite and above 0")
     for name in ("learning_starts", "exploration_noise"):
-        require(0 <= getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must not be below 0")
+        require(0 <= getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be finite and not below 0")
     require(args.tau <= 1, "--tau must not be above 1")
     envs = make_envs(args, args.num_envs)
     space = envs.single_action_space

@@ -125,7 +125,7 @@ class Linear(nn.Linear):
 
     def __call__(self, x: Tensor) -> Tensor:
         weight, bias = self._parameters.values()
-        if torch.compiler.is_compiling():  # one kernel for bias and ReLU; a plus would be put back into the product
+        if torch.compiler.is_compiling():  # bias and ReLU in one kernel; a plus would be fused into the product again
             return x @ weight.T - -bias
         return nn.functional.linear(x, weight, bias)
 
@@ -318,7 +318,7 @@ def train(args: Args) -> Path:
     for name in ("buffer_size", "train_frequency", "gradient_steps", "batch_size", "tau", "target_network_frequency"):
         require(0 < getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be finite and above 0")
     for name in ("learning_starts", "start_e", "end_e", "eval_epsilon", "exploration_fraction"):
-        require(0 <= getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must not be below 0")
+        require(0 <= getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be finite and not below 0")
     require(args.tau <= 1, "--tau must not be above 1")
     require(args.huber_delta > 0, "--huber-delta must be above 0")
     for name in ("start_e", "end_e", "eval_epsilon", "exploration_fraction"):

@@ -124,7 +124,7 @@ class Linear(nn.Linear):
 
     def __call__(self, x: Tensor) -> Tensor:
         weight, bias = self._parameters.values()
-        if torch.compiler.is_compiling():  # one kernel for bias and ReLU; a plus would be put back into the product
+        if torch.compiler.is_compiling():  # bias and ReLU in one kernel; a plus would be fused into the product again
             return x @ weight.T - -bias
         return nn.functional.linear(x, weight, bias)
 
@@ -145,7 +145,7 @@ class SquashedGaussianActor(Module):
 
 
 class Critic(Module):
-    """Q1(s, a) and Q2(s, a) side by side: one product for both takes less time than two."""
+    """Q1(s, a) and Q2(s, a) side by side: one batched product per layer takes less time than two."""
 
     def __init__(self, obs_dim: int, hidden_sizes: tuple[int, int], action_dim: int):
         super().__init__()
@@ -343,6 +343,7 @@ def sac_update(
     critic_optimizer.zero_grad()
 
     loss, actor_log = actor_loss(agent, args, batch)
+    # For the actor only: a gradient that it left in the critic would join that of the critic's next step.
     loss.backward(inputs=[p for group in actor_optimizer.param_groups for p in group["params"]])
     actor_optimizer.step()
     actor_optimizer.zero_grad()
@@ -377,6 +378,7 @@ def train(args: Args) -> Path:
     torch.manual_seed(args.seed)
     agent = Agent(envs, args, device)
     critic_optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.q_lr, fused=True)
+    # Without --autotune the temperature has steps of 0.
     groups = {"params": agent.actor.parameters()}, {"params": [agent.log_alpha], "lr": args.q_lr * args.autotune}
     actor_optimizer = torch.optim.Adam(groups, lr=args.learning_rate, fused=True)
     iterations = math.ceil(max(0, args.total_timesteps - saved["step"]) / args.num_envs)  # to come
@@ -386,7 +388,7 @@ def train(args: Args) -> Path:
     with closing(envs), Run(args, saved, **states) as run:
         say(buffer.about)
         if not args.autotune:  # --resume may have brought a tuned one
-            agent.log_alpha.fill_(math.log(args.alpha))
+            agent.log_alpha.detach().fill_(math.log(args.alpha))
         step, row = run.step, {}
         obs = reset(envs, args.seed, step)
         while step < args.total_timesteps:

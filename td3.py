@@ -121,7 +121,7 @@ class Linear(nn.Linear):
 
     def __call__(self, x: Tensor) -> Tensor:
         weight, bias = self._parameters.values()
-        if torch.compiler.is_compiling():  # one kernel for bias and ReLU; a plus would be put back into the product
+        if torch.compiler.is_compiling():  # bias and ReLU in one kernel; a plus would be fused into the product again
             return x @ weight.T - -bias
         return nn.functional.linear(x, weight, bias)
 
@@ -141,7 +141,7 @@ class DeterministicActor(Module):
 
 
 class Critic(Module):
-    """Q1(s, a) and Q2(s, a) side by side: one product for both takes less time than two."""
+    """Q1(s, a) and Q2(s, a) side by side: one batched product per layer takes less time than two."""
 
     def __init__(self, obs_dim: int, hidden_sizes: tuple[int, int], action_dim: int):
         super().__init__()
@@ -151,9 +151,9 @@ class Critic(Module):
             setattr(self, f"w{i}", nn.Parameter(torch.stack([layer.weight.T for layer in layers])))  # (2, in, out)
             setattr(self, f"b{i}", nn.Parameter(torch.stack([layer.bias[None] for layer in layers])))  # (2, 1, out)
 
-    def forward(self, obs: Tensor, action: Tensor, count: int = 2) -> Tensor:
-        """Q1 and Q2 (2, B) for obs (B, obs_dim) and action (B, action_dim); with count 1 only Q1 (1, B)."""
-        w1, b1, w2, b2, w3, b3 = (x if count == 2 else x[:1] for x in self._parameters.values())
+    def forward(self, obs: Tensor, action: Tensor, both: bool = True) -> Tensor:
+        """Q1 and Q2 (2, B) for obs (B, obs_dim) and action (B, action_dim); not `both`: Q1 alone (1, B)."""
+        w1, b1, w2, b2, w3, b3 = (x if both else x[:1] for x in self._parameters.values())
         hidden = torch.cat([obs, action], dim=-1).expand(len(w1), -1, -1)
         hidden = torch.baddbmm(b1, hidden, w1).relu_()
         hidden = torch.baddbmm(b2, hidden, w2).relu_()
@@ -295,7 +295,7 @@ def critic_loss(agent: Agent, args: Args, batch: Transitions) -> tuple[Tensor, d
 
 def actor_loss(agent: Agent, args: Args, batch: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
     """-J(mu), and the metrics to log."""
-    loss = -agent.critic(batch.obs, agent.actor(batch.obs), count=1).mean()
+    loss = -agent.critic(batch.obs, agent.actor(batch.obs), both=False).mean()
     return loss, {"losses/actor_loss": loss.detach()}
 
 
@@ -311,7 +311,7 @@ def td3_update(
     actor_optimizer: torch.optim.Optimizer,
     batch: Transitions,
     args: Args,
-    move_actor: bool,  # and the target networks; or the critics only
+    move_actor: bool,  # and the target networks, not the critics alone
 ) -> dict[str, Tensor]:
     """One step of each optimizer and of the target networks; returns what the losses log."""
     loss, log = critic_loss(agent, args, batch)
@@ -323,6 +323,7 @@ def td3_update(
         return log
 
     loss, actor_log = actor_loss(agent, args, batch)
+    # For the actor only: a gradient that it left in the critic would join that of the critic's next step.
     loss.backward(inputs=[p for group in actor_optimizer.param_groups for p in group["params"]])
     actor_optimizer.step()
     actor_optimizer.zero_grad()
@@ -349,7 +350,7 @@ def train(args: Args) -> Path:
     for name in ("buffer_size", "train_frequency", "gradient_steps", "batch_size", "tau", "q_lr"):
         require(0 < getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be finite and above 0")
     for name in ("learning_starts", "exploration_noise", "policy_noise", "noise_clip"):
-        require(0 <= getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must not be below 0")
+        require(0 <= getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be finite and not below 0")
     require(args.policy_frequency > 0, "--policy-frequency must be above 0")
     require(args.tau <= 1, "--tau must not be above 1")
     envs = make_envs(args, args.num_envs)

@@ -573,7 +573,7 @@ MUTATIONS = [
     Mutation("the actor goes downhill", "ddpg.py td3.py", "    loss = -agent.critic", "    loss = agent.critic"),
     Mutation("TD3: the actor climbs the second critic", "td3.py", "else x[:1] for", "else x[1:] for"),
     Mutation(
-        "TD3: the actor climbs both critics", "td3.py", "agent.actor(batch.obs), count=1)", "agent.actor(batch.obs))"
+        "TD3: the actor climbs both critics", "td3.py", "agent.actor(batch.obs), both=False)", "agent.actor(batch.obs))"
     ),
     Mutation(
         "the gradient of the actor reaches the critics",
@@ -709,7 +709,7 @@ MUTATIONS = [
     Mutation(
         "SAC: a resumed run keeps the temperature it found",
         "sac.py",
-        "            agent.log_alpha.fill_(math.log(args.alpha))\n",
+        "            agent.log_alpha.detach().fill_(math.log(args.alpha))\n",
         "            pass\n",
     ),
     Mutation("random actions of one sign", CONTINUOUS, "np.random.uniform(-1, 1,", "np.random.uniform(0, 1,"),

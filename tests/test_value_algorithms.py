@@ -223,7 +223,7 @@ def test_the_critics_are_networks_of_their_own(module):
     expected = torch.stack([network(batch.obs, batch.action) for network in networks(agent.critic)])
     torch.testing.assert_close(agent.critic(batch.obs, batch.action), expected[0] if module is ddpg else expected)
     if module is td3:
-        torch.testing.assert_close(agent.critic(batch.obs, batch.action, count=1), expected[:1])
+        torch.testing.assert_close(agent.critic(batch.obs, batch.action, both=False), expected[:1])
     weight = torch.randn(len(expected), 7, dtype=torch.float64)  # a gradient that tells all of them apart
     q = agent.critic(batch.obs, batch.action).reshape(weight.shape)
     inputs = list(agent.critic.parameters())
@@ -324,8 +324,8 @@ class Twins(torch.nn.ModuleList):
     def __init__(self, *critics):
         super().__init__(critics)
 
-    def forward(self, obs, action, count=2):
-        return torch.stack([critic(obs, action) for critic in list(self)[:count]])
+    def forward(self, obs, action, both=True):
+        return torch.stack([critic(obs, action) for critic in (self if both else [self[0]])])
 
 
 @pytest.mark.parametrize("module", (ddpg, td3), ids=("ddpg", "td3"))
