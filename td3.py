@@ -152,7 +152,7 @@ class Critic(Module):
             setattr(self, f"b{i}", nn.Parameter(torch.stack([layer.bias[None] for layer in layers])))  # (2, 1, out)
 
     def forward(self, obs: Tensor, action: Tensor, both: bool = True) -> Tensor:
-        """Q1 and Q2 (2, B) for obs (B, obs_dim) and action (B, action_dim); not `both`: Q1 alone (1, B)."""
+        """Q1 and Q2 (2, B) for obs (B, obs_dim) and action (B, action_dim), or Q1 alone (1, B) if not `both`."""
         w1, b1, w2, b2, w3, b3 = (x if both else x[:1] for x in self._parameters.values())
         hidden = torch.cat([obs, action], dim=-1).expand(len(w1), -1, -1)
         hidden = torch.baddbmm(b1, hidden, w1).relu_()
